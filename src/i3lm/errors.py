@@ -1,0 +1,36 @@
+"""The exceptions that a user can meet.
+
+Every message says what was wrong, the value received, the rule, and the way out, in one line.
+The command line prints that line and exits with status 2; a traceback appears only with
+``--debug``.
+"""
+
+from __future__ import annotations
+
+
+class I3Error(Exception):
+    """A problem that the person at the keyboard can mend."""
+
+
+class ConfigurationError(I3Error, ValueError):
+    """An option, preset or YAML file that cannot be used as given."""
+
+
+class DataError(I3Error):
+    """Text that is missing, unreadable, empty or too short."""
+
+
+class TokenizerError(I3Error):
+    """A tokenizer that cannot be read, trained, or used with this model."""
+
+
+class CheckpointError(I3Error):
+    """Weights or configuration that are missing, damaged or of another model."""
+
+
+class OutputError(I3Error):
+    """A result that cannot be written where it was asked for."""
+
+
+class GenerationError(I3Error, ValueError):
+    """A prompt or sampling setting that generation cannot follow."""

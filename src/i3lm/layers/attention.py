@@ -1,0 +1,80 @@
+"""Causal self-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from i3lm.layers.low_rank import LowRankLinear
+
+# Stores new keys and values (B, H, T, D) and gives back all of them so far.
+KeyValueStore = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head softmax attention over the past (arXiv:1706.03762, section 3.2), with biases.
+
+    The T x T matrix of weights is never materialised: PyTorch's scaled_dot_product_attention
+    computes it in tiles.
+
+    Args:
+        hidden_size: Width C of the residual stream.
+        num_attention_heads: Heads H; must divide C.
+        rank: If given, queries, keys and values each pass through a narrow middle of this size
+            (two maps with biases), as in the v1 layer; the output map stays a full matrix.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_attention_heads: int, rank: int | None = None
+    ) -> None:
+        super().__init__()
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads ({num_attention_heads}) must divide "
+                f"hidden_size ({hidden_size})"
+            )
+        self.num_attention_heads = num_attention_heads
+        if rank is None:
+            self.query_key_value: nn.Module = nn.Linear(hidden_size, 3 * hidden_size)
+        else:
+            self.query_key_value = _NarrowQueryKeyValue(hidden_size, rank)
+        self.output = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, store: KeyValueStore | None = None
+    ) -> Tensor:
+        """Maps (B, T, C) to (B, T, C).
+
+        Args:
+            x: Inputs, shape (B, T, C).
+            mask: What each token may see, bool (True may) or additive, broadcastable to
+                (B, H, T, S). None means the causal rule alone.
+            store: Where keys and values are kept between calls, or None.
+        """
+        B, T, C = x.shape
+        heads = self.query_key_value(x).view(B, T, 3, self.num_attention_heads, -1)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if store is not None:
+            key, value = store(key, value)
+        # One new token may see everything, so only a longer call needs the causal rule.
+        is_causal = mask is None and T > 1
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal
+        )
+        return self.output(mixed.transpose(1, 2).reshape(B, T, C))
+
+
+class _NarrowQueryKeyValue(nn.Module):
+    """Queries, keys and values through a narrow middle each: (B, T, C) to (B, T, 3 C)."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.narrow = nn.ModuleList(nn.Linear(hidden_size, rank) for _ in range(3))
+        self.widen = nn.ModuleList(nn.Linear(rank, hidden_size) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [widen(narrow(x)) for narrow, widen in zip(self.narrow, self.widen, strict=True)]
+        return torch.cat(parts, dim=-1)

@@ -1,0 +1,1 @@
+"""Model families, in the shape that transformers expects."""

@@ -1,0 +1,348 @@
+"""The causal i3 models: recurrent layers below, attention above, in any order you name."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from i3lm.layers import (
+    CausalSelfAttention,
+    ChannelMix,
+    FeedForward,
+    HybridMixer,
+    LowRankLinear,
+    TimeMix,
+)
+from i3lm.layers.time_mix import TimeMixState
+from i3lm.models.i3.cache_i3 import (
+    FEED_FORWARD_SHIFT,
+    MIXER_SHIFT,
+    RECURRENCE,
+    I3Cache,
+    read_state,
+    write_state,
+)
+from i3lm.models.i3.configuration_i3 import I3Config
+from i3lm.models.i3.initialization_i3 import initialize_original, initialize_rwkv
+
+
+class I3DecoderLayer(GradientCheckpointingLayer):
+    """One layer, pre-LN: ``x + mixer(norm(x))``, maybe attention likewise, then feed-forward."""
+
+    def __init__(self, config: I3Config, layer_idx: int) -> None:
+        super().__init__()
+        C, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_idx = layer_idx
+        self.layer_type = config.layer_types[layer_idx]
+        self.mixer_norm = nn.LayerNorm(C, eps=eps)
+        if self.layer_type == "full_attention":
+            self.mixer: nn.Module = CausalSelfAttention(
+                C, config.num_attention_heads, config.low_rank
+            )
+        elif config.recurrence == "rwkv4":
+            self.mixer = TimeMix(C)
+        else:
+            self.mixer = HybridMixer(C, config.state_size)
+        if self.layer_type == "hybrid":
+            self.attention_norm = nn.LayerNorm(C, eps=eps)
+            self.attention = CausalSelfAttention(C, config.num_attention_heads, config.low_rank)
+        self.feed_forward_norm = nn.LayerNorm(C, eps=eps)
+        if isinstance(self.mixer, TimeMix):
+            self.feed_forward: nn.Module = ChannelMix(C, config.intermediate_size)
+        else:
+            self.feed_forward = FeedForward(C, config.intermediate_size, config.low_rank)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        causal_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """Maps (B, T, C) to (B, T, C), reading and writing its states in the cache."""
+        x = hidden_states
+        if self.layer_type == "full_attention":
+            x = x + self._attend(self.mixer, self.mixer_norm(x), causal_mask, past_key_values)
+        else:
+            x = x + self._recur(self.mixer_norm(x), padding_mask, past_key_values)
+        if self.layer_type == "hybrid":
+            normed = self.attention_norm(x)
+            x = x + self._attend(self.attention, normed, causal_mask, past_key_values)
+        return x + self._feed_forward(self.feed_forward_norm(x), padding_mask, past_key_values)
+
+    def _attend(
+        self, attention: nn.Module, x: Tensor, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        store = None if cache is None else partial(cache.update, layer_idx=self.layer_idx)
+        return attention(x, mask, store)
+
+    def _recur(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        state: Any = read_state(cache, self.layer_idx, RECURRENCE)
+        if isinstance(self.mixer, HybridMixer):
+            mixed, state = self.mixer(x, state, mask=mask)
+            write_state(cache, self.layer_idx, RECURRENCE, state)
+            return mixed
+        if state is not None:
+            state = TimeMixState(read_state(cache, self.layer_idx, MIXER_SHIFT), state)
+        mixed, state = self.mixer(x, state, mask=mask)
+        write_state(cache, self.layer_idx, RECURRENCE, state.sums)
+        write_state(cache, self.layer_idx, MIXER_SHIFT, state.shift)
+        return mixed
+
+    def _feed_forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        if not isinstance(self.feed_forward, ChannelMix):
+            return self.feed_forward(x)
+        state = read_state(cache, self.layer_idx, FEED_FORWARD_SHIFT)
+        output, state = self.feed_forward(x, state, mask=mask)
+        write_state(cache, self.layer_idx, FEED_FORWARD_SHIFT, state)
+        return output
+
+
+class I3PreTrainedModel(PreTrainedModel):
+    """What the i3 models share: configuration, initialisation, what transformers may do."""
+
+    config_class = I3Config
+    config: I3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["I3DecoderLayer"]  # noqa: RUF012 (transformers' convention)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # Decays and bonuses sit in exponents: bfloat16's 8 bits would move them visibly.
+    _keep_in_fp32_modules_strict = ["time_decay", "time_first"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": I3DecoderLayer}  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize_original(module, self.config.initializer_range)
+        if self.config.initialization == "rwkv" and isinstance(module, I3DecoderLayer):
+            parts = [module.mixer, getattr(module, "attention", None), module.feed_forward]
+            initialize_rwkv(
+                [part for part in parts if part is not None],
+                module.layer_idx,
+                self.config.num_hidden_layers,
+            )
+
+
+class I3Model(I3PreTrainedModel):
+    """Token and position embeddings, the layers, and the last LayerNorm."""
+
+    def __init__(self, config: I3Config) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(
+            I3DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Gives the hidden state of every token.
+
+        Args:
+            input_ids: Token ids, shape (B, T).
+            attention_mask: 1 at real tokens and 0 at padding, shape (B, S) with S counting the
+                tokens already in the cache too.
+            position_ids: Positions, shape (B, T) or (1, T); by default they count real tokens.
+            past_key_values: States and keys of earlier tokens.
+            inputs_embeds: Embeddings to use in place of `input_ids`, shape (B, T, C).
+            use_cache: Whether to return the states that continue this call (never in training).
+
+        Raises:
+            ValueError: Both or neither of ids and embeddings, an id outside the vocabulary, or
+                more tokens than there are positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            self._check_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = I3Cache(self.config)
+        T = inputs_embeds.shape[1]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = self._positions(attention_mask, seen, T, inputs_embeds.device)
+            self._check_length(seen + T, attention_mask)
+
+        mask_arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        padding_mask = create_recurrent_attention_mask(**mask_arguments)
+        causal_mask = None
+        if any(kind != "linear_attention" for kind in self.config.layer_types):
+            causal_mask = create_causal_mask(**mask_arguments, position_ids=None)
+
+        hidden_states = inputs_embeds + self.embed_positions(position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                causal_mask=causal_mask,
+                padding_mask=None if padding_mask is None else padding_mask.bool(),
+                past_key_values=past_key_values,
+            )
+        if isinstance(past_key_values, I3Cache):
+            past_key_values.count_tokens(T)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def _positions(
+        self, attention_mask: Tensor | None, seen: int, T: int, device: torch.device
+    ) -> Tensor:
+        """Positions (B, T) or (1, T) that count real tokens only."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            return torch.arange(seen, seen + T, device=device).unsqueeze(0)
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -T:]
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        # On an accelerator the check would stall every step, and the device reports it itself.
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+            return
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"token id {low if low < 0 else high} is outside the vocabulary: ids run from 0 "
+                f"to {self.config.vocab_size - 1}; the tokenizer does not fit this model"
+            )
+
+    def _check_length(self, length: int, attention_mask: Tensor | None) -> None:
+        limit = self.config.max_position_embeddings
+        padded = attention_mask is not None and attention_mask.dim() == 2
+        if length > limit and not padded:
+            raise ValueError(
+                f"{length} tokens are more than max_position_embeddings ({limit}) allows: give "
+                "at most that many, or let generate() slide its window"
+            )
+
+
+class I3ForCausalLM(I3PreTrainedModel, GenerationMixin):
+    """An i3 model with a head that predicts the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: I3Config) -> None:
+        super().__init__(config)
+        self.model = I3Model(config)
+        self.vocab_size = config.vocab_size
+        if config.low_rank is None:
+            self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size)
+        else:
+            self.lm_head = LowRankLinear(config.hidden_size, config.vocab_size, config.low_rank)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Gives logits (B, T, V), and the mean loss in nats per token where labels are given.
+
+        Args:
+            labels: Token ids to predict, shape (B, T), shifted inside: labels equal to
+                `input_ids` train next-token prediction. -100 is ignored.
+            logits_to_keep: Compute logits only for this many last positions; 0 means all.
+
+        The other arguments are those of `I3Model.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Gives the inputs of the next step of `generate`.
+
+        Positions are learned, so past the context length a step recomputes the last
+        `max_position_embeddings` tokens from position 0, as the original does, without cache.
+        """
+        limit = self.config.max_position_embeddings
+        if inputs_embeds is None and input_ids.shape[1] > limit:
+            return {
+                "input_ids": input_ids[:, -limit:],
+                "attention_mask": None if attention_mask is None else attention_mask[:, -limit:],
+                "use_cache": False,
+                "logits_to_keep": kwargs.get("logits_to_keep", 1),
+            }
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Hands `generate` our cache where it would make a plain dynamic one."""
+        wants_cache = generation_config.use_cache and generation_config.cache_implementation in (
+            None,
+            "dynamic",
+        )
+        if wants_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = I3Cache(self.config)
+            generation_config.cache_implementation = None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

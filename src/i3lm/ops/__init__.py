@@ -1,0 +1,11 @@
+"""Functions on tensors: the recurrences and the small things around them.
+
+No parameters, no configuration, no transformers. One public function per op, each with a plain
+loop that states the equation (``reference``) and faster forms that must agree with it.
+"""
+
+from i3lm.ops.state_space import state_space
+from i3lm.ops.token_shift import token_shift
+from i3lm.ops.wkv import wkv
+
+__all__ = ["state_space", "token_shift", "wkv"]

@@ -1,0 +1,131 @@
+"""Choosing which implementation of an op runs, and being able to say why."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# op name -> implementation name, set by `use_implementation` for a block of code.
+_overrides: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
+    "i3lm_op_overrides", default=None
+)
+
+
+def _accept_anything(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    Attributes:
+        name: The word used everywhere: file, flag, test id.
+        function: The callable; every implementation of an op has the same signature.
+        refuses: Given the device and dtype, why this implementation cannot serve them, or None.
+    """
+
+    name: str
+    function: Callable
+    refuses: Callable[[torch.device, torch.dtype], str | None] = _accept_anything
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that serves a call, and the reason it was taken."""
+
+    implementation: Implementation
+    reason: str
+
+
+@dataclass
+class Op:
+    """A named op with its implementations, best first."""
+
+    name: str
+    implementations: list[Implementation]
+    _told: set[tuple[str, str]] = field(default_factory=set)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the implementations, best first."""
+        return [implementation.name for implementation in self.implementations]
+
+    def choose(
+        self, device: torch.device, dtype: torch.dtype, implementation: str | None = None
+    ) -> Choice:
+        """Gives the implementation for these tensors: argument, then override, then best.
+
+        Args:
+            device: Where the inputs are.
+            dtype: The inputs' dtype.
+            implementation: A name that must be used, or None.
+
+        Raises:
+            ValueError: The name is unknown, or that implementation refuses device or dtype.
+        """
+        asked, source = implementation, "asked for by the call"
+        if asked is None:
+            asked, source = (_overrides.get() or {}).get(self.name), "asked for by an override"
+        if asked is not None:
+            return Choice(self._named(asked, device, dtype), source)
+        refusals = []
+        for candidate in self.implementations:
+            refusal = candidate.refuses(device, dtype)
+            if refusal is None:
+                reason = "; ".join(refusals) or "the fastest there is for this device and dtype"
+                choice = Choice(candidate, reason)
+                self._tell_once(choice)
+                return choice
+            refusals.append(f"{candidate.name}: {refusal}")
+        raise ValueError(f"no implementation of {self.name} accepts {dtype} on {device}")
+
+    def _named(self, name: str, device: torch.device, dtype: torch.dtype) -> Implementation:
+        for candidate in self.implementations:
+            if candidate.name == name:
+                refusal = candidate.refuses(device, dtype)
+                if refusal is not None:
+                    raise ValueError(f"{self.name}: implementation {name!r} refuses: {refusal}")
+                return candidate
+        known = ", ".join(self.names)
+        raise ValueError(f"{self.name} has no implementation {name!r}; it has {known}")
+
+    def _tell_once(self, choice: Choice) -> None:
+        key = (choice.implementation.name, choice.reason)
+        if key not in self._told:
+            self._told.add(key)
+            logger.info("%s runs as %s (%s)", self.name, choice.implementation.name, choice.reason)
+
+
+@contextlib.contextmanager
+def use_implementation(**names: str) -> Iterator[None]:
+    """Makes ops use the named implementations inside the block.
+
+    Example:
+        >>> with use_implementation(wkv="reference"):
+        ...     pass
+    """
+    token = _overrides.set({**(_overrides.get() or {}), **names})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a recurrence runs: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Keeps autocast out of a recurrence, whose exponents and states need full precision."""
+    with torch.autocast(device_type=device.type, enabled=False):
+        yield

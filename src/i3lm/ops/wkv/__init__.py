@@ -1,0 +1,98 @@
+"""The RWKV-4 recurrence: one door, several implementations, one truth."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from i3lm.ops.dispatch import Implementation, Op, accumulation_dtype, full_precision
+from i3lm.ops.wkv.reference import empty_state, wkv_reference
+from i3lm.ops.wkv.scan import wkv_scan
+
+WKV = Op("wkv", [Implementation("scan", wkv_scan), Implementation("reference", wkv_reference)])
+
+
+def wkv(
+    key: Tensor,
+    value: Tensor,
+    time_decay: Tensor,
+    time_first: Tensor,
+    state: Tensor | None = None,
+    *,
+    reset: Tensor | None = None,
+    mask: Tensor | None = None,
+    reverse: bool = False,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gives the exponentially decayed, key-weighted mean of the values at every step.
+
+    With ``w = time_decay`` and ``u = time_first``, per channel::
+
+              sum_{i<t} e^{(t-1-i) w + u + k_i} v_i + e^{k_t} v_t
+        y_t = ---------------------------------------------------
+              sum_{i<t} e^{(t-1-i) w + u + k_i}     + e^{k_t}
+
+    This is the WKV of RWKV-4 (arXiv:2305.13048, equation 14) with one difference of the i3
+    family: the bonus ``u`` weighs the *history*, where RWKV-4 gives it to the *current* key.
+    Dividing both sums by ``e^u`` shows that the two agree under ``u -> -u``.
+
+    The recurrence runs in float32 (float64 for float64 inputs) whatever the inputs' dtype and
+    under autocast.
+
+    Args:
+        key: Keys, shape (B, T, C).
+        value: Values, shape (B, T, C).
+        time_decay: Log decay per step, not positive, shape (C,). The layer owns the
+            ``-exp(...)`` that makes it so.
+        time_first: Bonus of the history, shape (C,).
+        state: The sums so far, shape (B, 3, C): rows num_state, den_state and max_state, where
+            the sums are ``num_state * e^max_state`` and ``den_state * e^max_state``. None means
+            no token so far. Gradients flow into all three rows; of a returned state, max_state
+            is a choice of scale through which no gradient flows back.
+        reset: Document starts, bool, shape (B, T): the state is emptied before such a token.
+        mask: True at real tokens, bool, shape (B, T). A padded step outputs zero and leaves the
+            state as it was.
+        reverse: Run from the last token to the first (the state then belongs before token 0).
+        implementation: A name from ``WKV.names`` to use instead of the best.
+
+    Returns:
+        The output, shape (B, T, C), in the dtype of `value`, and the state after the last step,
+        shape (B, 3, C), float32 or float64.
+
+    Raises:
+        ValueError: Shapes that do not fit, or an implementation that is unknown or refuses.
+    """
+    _check(key, value, time_decay, time_first, state, reset, mask)
+    dtype = accumulation_dtype(value.dtype)
+    choice = WKV.choose(value.device, dtype, implementation)
+    if state is None:
+        state = empty_state(key.shape[0], key.shape[2], like=key.to(dtype))
+    with full_precision(value.device):
+        inputs = [key.to(dtype), value.to(dtype)]
+        marks = [None if m is None else m.bool() for m in (reset, mask)]
+        if reverse:
+            inputs = [x.flip(1) for x in inputs]
+            marks = [None if m is None else m.flip(1) for m in marks]
+        output, state = choice.implementation.function(
+            *inputs, time_decay.to(dtype), time_first.to(dtype), state.to(dtype), *marks
+        )
+        if reverse:
+            output = output.flip(1)
+    return output.to(value.dtype), state
+
+
+def _check(key, value, time_decay, time_first, state, reset, mask) -> None:
+    if key.dim() != 3 or key.shape != value.shape:
+        raise ValueError(
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} must share one shape (B, T, C)"
+        )
+    B, T, C = key.shape
+    expected = {
+        "time_decay": (time_decay, (C,)),
+        "time_first": (time_first, (C,)),
+        "state": (state, (B, 3, C)),
+        "reset": (reset, (B, T)),
+        "mask": (mask, (B, T)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} {tuple(tensor.shape)} must have shape {shape}")
