@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from i3lm.layers.low_rank import LowRankLinear
-
 # Stores new keys and values (B, H, T, D) and gives back all of them so far.
 KeyValueStore = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -27,9 +25,7 @@ class CausalSelfAttention(nn.Module):
             (two maps with biases), as in the v1 layer; the output map stays a full matrix.
     """
 
-    def __init__(
-        self, hidden_size: int, num_attention_heads: int, rank: int | None = None
-    ) -> None:
+    def __init__(self, hidden_size: int, num_attention_heads: int, rank: int | None = None) -> None:
         super().__init__()
         if hidden_size % num_attention_heads:
             raise ValueError(

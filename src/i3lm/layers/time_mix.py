@@ -54,7 +54,5 @@ class TimeMix(nn.Module):
         value = self.value(torch.lerp(previous, x, self.time_mix_value.to(x.dtype)))
         receptance = self.receptance(torch.lerp(previous, x, self.time_mix_receptance.to(x.dtype)))
         time_decay = -torch.exp(self.time_decay)
-        mixed, sums = wkv(
-            key, value, time_decay, self.time_first, sums, reset=reset, mask=mask
-        )
+        mixed, sums = wkv(key, value, time_decay, self.time_first, sums, reset=reset, mask=mask)
         return self.output(torch.sigmoid(receptance) * mixed), TimeMixState(shift, sums)

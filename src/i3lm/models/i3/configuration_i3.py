@@ -112,8 +112,9 @@ class I3Config(PreTrainedConfig):
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "state_size",
             "num_attention_heads", "max_position_embeddings",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} ({value!r}) must be a whole number of at least 1")
         if self.low_rank is not None and self.low_rank < 1:
             raise ValueError(f"low_rank ({self.low_rank}) must be at least 1, or null for none")
         if self.hidden_size % self.num_attention_heads:

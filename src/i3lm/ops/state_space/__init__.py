@@ -80,9 +80,7 @@ def state_space(
             inputs = inputs.flip(1)
             marks = [None if m is None else m.flip(1) for m in marks]
         parameters = [p.to(dtype) for p in (mix, A, B, C, D)]
-        output, state = choice.implementation.function(
-            inputs, *parameters, state.to(dtype), *marks
-        )
+        output, state = choice.implementation.function(inputs, *parameters, state.to(dtype), *marks)
         if reverse:
             output = output.flip(1)
     return output.to(x.dtype), state

@@ -30,9 +30,7 @@ def _powers(F: Tensor, highest: int) -> Tensor:
     return torch.stack(powers)
 
 
-def _recur(
-    F: Tensor, u: Tensor, h: Tensor, reset: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def _recur(F: Tensor, u: Tensor, h: Tensor, reset: Tensor | None, mask: Tensor | None) -> Tensor:
     """Gives the state after every step, (B, T, K).
 
     Where `mask` is False, F is left out: ``h_t = h_{t-1} + u_t``. Where `reset` is True,

@@ -1,0 +1,77 @@
+"""``i3lm train``"""
+
+from __future__ import annotations
+
+from i3lm.training.options import (
+    DataOptions,
+    ModelOptions,
+    SampleOptions,
+    TokenizerOptions,
+    TrainingOptions,
+)
+
+
+def train(
+    output: str,
+    model: ModelOptions = ModelOptions(),  # noqa: B008 (jsonargparse reads the defaults)
+    tokenizer: TokenizerOptions = TokenizerOptions(),  # noqa: B008
+    data: DataOptions = DataOptions(),  # noqa: B008
+    training: TrainingOptions = TrainingOptions(),  # noqa: B008
+    sample: SampleOptions = SampleOptions(),  # noqa: B008
+    resume: bool = False,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Trains a new model, or fine-tunes a checkpoint.
+
+    Options come from a YAML file (--config), and from the command line, which wins:
+
+    i3lm train --config configs/tinystories-10m.yaml --output runs/mine --data.source my.txt
+
+    i3lm train --output runs/small --model.source i3-12m --training.max_steps 200
+
+    Args:
+        output: The folder for the model, its figures and settings.
+        model: Which model to train.
+        tokenizer: Which tokenizer to use.
+        data: Which text to train on.
+        training: How to train.
+        sample: Which texts to write while training.
+        resume: Go on from the newest checkpoint in the output folder.
+        overwrite: Replace the run in the output folder.
+        json: Print the result as one JSON object; progress goes to standard error either way.
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from i3lm.cli.running import print_json
+    from i3lm.training.run import RunOptions, run_training
+
+    result = run_training(
+        Path(output),
+        RunOptions(model, tokenizer, data, training, sample),
+        console=Console(stderr=True),
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if json:
+        print_json({
+            "output": str(result.output), "parameters": result.parameters,
+            "steps": result.steps, "tokens": result.tokens,
+            "before": result.before, "after": result.after, "samples": result.samples,
+        })  # fmt: skip
+        return
+    print_result(result)
+
+
+def print_result(result) -> None:
+    """Prints held-out figures before and after, where the model is, and samples."""
+    for when, figures in (("before", result.before), ("after", result.after)):
+        print(
+            f"held out, {when}: loss {figures['loss']:.4f}, perplexity "
+            f"{figures['perplexity']:,.2f}, bits per byte {figures['bits_per_byte']:.4f}"
+        )
+    print(f"model: {result.output / 'best'}")
+    for sample in result.samples:
+        print(f"\n> {sample['prompt']}\n{sample['prompt']}{sample['text']}")

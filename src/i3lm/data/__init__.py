@@ -1,0 +1,1 @@
+"""Text, from corpora and files to batches."""

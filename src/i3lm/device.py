@@ -1,0 +1,66 @@
+"""Choosing the device and the precision, and seeding everything."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from i3lm.errors import ConfigurationError
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Gives the device to use: the named one, or for ``auto`` the fastest there is.
+
+    Raises:
+        ConfigurationError: The name is unknown, or the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"unknown device {name!r}: use auto, cpu, cuda or mps") from error
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(device.type, False):
+        raise ConfigurationError(f"device {name!r} is not available here: use auto or cpu")
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        # Without these instructions bfloat16 is emulated, and slower than float32.
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Gives ``fp32`` or ``bf16``: the named one, or for ``auto`` bf16 where it is fast.
+
+    Raises:
+        ConfigurationError: The name is unknown.
+    """
+    if name not in PRECISIONS:
+        raise ConfigurationError(f"unknown precision {name!r}: use {', '.join(PRECISIONS)}")
+    if name == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    return name
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, NumPy's and PyTorch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries draw from the global generator)
+    torch.manual_seed(seed)

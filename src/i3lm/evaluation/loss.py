@@ -1,0 +1,115 @@
+"""Loss, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from i3lm.data.tokens import TokenizedText
+from i3lm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on a text.
+
+    Attributes:
+        loss: Mean negative log-likelihood, nats per token.
+        perplexity: ``e^loss``, per token: comparable only under one tokenizer.
+        bits_per_byte: Bits to encode one UTF-8 byte of the text, ends of documents included:
+            comparable across tokenizers.
+        tokens: Number of tokens predicted.
+        bytes: UTF-8 bytes of the text.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures by name."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate_text(
+    model: nn.Module,
+    text: TokenizedText,
+    *,
+    context_length: int,
+    batch_size: int = 16,
+    precision: str = "fp32",
+) -> Evaluation:
+    """Gives the model's loss on every token of a text but the first.
+
+    The stream is read in rows of `context_length` tokens that do not overlap, each from an empty
+    state, so a token sees at most `context_length - 1` tokens before it and the figure is an
+    upper bound. The last row may be shorter.
+
+    Args:
+        model: A causal language model; it is put in evaluation mode and back.
+        text: The text, tokenized with the model's tokenizer.
+        context_length: Tokens per row, at most what the model has positions for.
+        batch_size: Rows per forward pass; it does not change the result.
+        precision: ``fp32`` or ``bf16`` (autocast).
+
+    Raises:
+        DataError: The text has fewer than two tokens.
+    """
+    if len(text.tokens) < 2 or text.bytes == 0:
+        raise DataError("the text is too short to evaluate on: it needs at least two tokens")
+    device = next(model.parameters()).device
+    autocast = (
+        torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    )
+    was_training = model.training
+    model.eval()
+    nats, count = 0.0, 0
+    try:
+        for inputs, labels in _batches(text.tokens, context_length, batch_size):
+            with autocast:
+                logits = model(input_ids=inputs.to(device), use_cache=False).logits
+            losses = F.cross_entropy(
+                logits.flatten(0, 1).float(), labels.to(device).flatten(), reduction="none"
+            )
+            nats += losses.double().sum().item()
+            count += labels.numel()
+    finally:
+        model.train(was_training)
+    loss = nats / count
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=nats / math.log(2) / text.bytes,
+        tokens=count,
+        bytes=text.bytes,
+    )
+
+
+def _batches(
+    tokens: np.ndarray, context_length: int, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields (inputs, labels), each (rows, T): full rows in batches, then the shorter last row."""
+    rows = (len(tokens) - 1) // context_length
+    full = rows * context_length
+    inputs = tokens[:full].reshape(rows, context_length)
+    labels = tokens[1 : full + 1].reshape(rows, context_length)
+    for start in range(0, rows, batch_size):
+        part = slice(start, start + batch_size)
+        yield _long(inputs[part]), _long(labels[part])
+    if full < len(tokens) - 1:
+        yield _long(tokens[None, full:-1]), _long(tokens[None, full + 1 :])
+
+
+def _long(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.int64))

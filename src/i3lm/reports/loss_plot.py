@@ -1,0 +1,42 @@
+"""The loss curve of a run as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def plot_loss(metrics_file: Path, picture: Path) -> None:
+    """Draws training and held-out loss over steps from a metrics file, as PNG.
+
+    Args:
+        metrics_file: JSON lines with ``step`` and ``loss`` or ``eval_loss`` (nats per token).
+        picture: Where the PNG goes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    training = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    smoothed = [(r["step"], r["loss_smoothed"]) for r in records if "loss_smoothed" in r]
+    held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if training:
+        axes.plot(*zip(*training, strict=True), color="0.75", lw=1, label="training")
+    if smoothed:
+        axes.plot(*zip(*smoothed, strict=True), color="tab:blue", label="training, smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", ms=4, label="held out")
+        last_step, last_loss = held_out[-1]
+        axes.annotate(
+            f"{last_loss:.3f}", (last_step, last_loss), textcoords="offset points", xytext=(0, 8),
+            ha="right",
+        )  # fmt: skip
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)

@@ -1,0 +1,1 @@
+"""Training a model: one loop for new models and for checkpoints."""

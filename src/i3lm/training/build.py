@@ -1,0 +1,161 @@
+"""Everything a run needs before its first step: text, tokenizer, model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from i3lm.data.corpora import BUILT_IN
+from i3lm.data.sources import read_documents
+from i3lm.data.split import held_out_documents, training_documents
+from i3lm.data.tokens import TokenizedText, tokenize_documents
+from i3lm.device import seed_everything
+from i3lm.errors import ConfigurationError, DataError
+from i3lm.inference.loading import check_tokenizer_fits, find_checkpoint, load_model
+from i3lm.presets import Preset, load_preset
+from i3lm.tokenizers import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from i3lm.training.options import DataOptions, ModelOptions, TokenizerOptions
+
+TRAINABLE = ("bpe", "chunk", "character")
+
+
+@dataclass(frozen=True)
+class Starting:
+    """Where a run starts: a preset to draw weights for, or a checkpoint to fine-tune."""
+
+    preset: Preset
+    checkpoint: Path | None
+
+
+def resolve_start(options: ModelOptions) -> Starting:
+    """Finds the preset or checkpoint that the options name.
+
+    Raises:
+        ConfigurationError, CheckpointError: There is none, or the options contradict each other.
+    """
+    if options.source is None:
+        return Starting(Preset("new model", model=options.config), None)
+    if Path(options.source).is_dir():
+        if options.config:
+            raise ConfigurationError(
+                f"model.config ({', '.join(options.config)}) cannot change the checkpoint "
+                f"{options.source}: leave it out, or start from a preset"
+            )
+        return Starting(Preset("checkpoint"), find_checkpoint(options.source))
+    preset = load_preset(options.source)
+    merged = {**preset.model, **options.config}
+    preset = Preset(
+        preset.name, preset.description, preset.tokenizer, preset.lowercase, model=merged
+    )
+    preset.config()  # refuse a bad configuration before any text is read
+    return Starting(preset, None)
+
+
+def documents(options: DataOptions, seed: int = 0) -> Iterator[str]:
+    """Yields the documents of the data options."""
+    return read_documents(
+        options.source,
+        text_column=options.text_column,
+        split=options.split,
+        seed=seed,
+        size=options.size,
+    )
+
+
+def make_tokenizer(
+    options: TokenizerOptions, start: Starting, data: DataOptions
+) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer, or trains it on the training documents (once: it is cached)."""
+    source = options.source or (
+        str(start.checkpoint) if start.checkpoint is not None else start.preset.tokenizer
+    )
+    if source not in TRAINABLE:
+        return load_tokenizer(source)
+    size = options.vocab_size
+    if size is None and source == "bpe":
+        size = start.preset.config().vocab_size if start.checkpoint is None else 32_000
+    lowercase = start.preset.lowercase if options.lowercase is None else options.lowercase
+    key = f"{source}-{size}-{lowercase}-{data.held_out_fraction}-{_source_state(data)}"
+    folder = _cache_folder() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    cacheable = "unknown" not in key
+    if cacheable and (folder / "tokenizer.json").exists():
+        return load_tokenizer(folder)
+    texts = training_documents(documents(data), data.held_out_fraction)
+    settings = {"lowercase": True} if source == "character" and lowercase else {}
+    tokenizer = train_tokenizer(source, texts, vocab_size=size, **settings)
+    if cacheable:
+        from i3lm.training.checkpoints import write_folder
+
+        write_folder(folder, lambda part: tokenizer.save_pretrained(part))
+    return tokenizer
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "i3lm" / "tokenizers"
+
+
+def _source_state(data: DataOptions) -> str:
+    """What identifies the text of a source without reading it all."""
+    path = Path(data.source)
+    if path.is_file():
+        stat = path.stat()
+        identity = f"{path.resolve()}-{stat.st_size}-{stat.st_mtime_ns}"
+    elif data.source in BUILT_IN:
+        from i3lm import __version__
+
+        identity = f"{data.source}-{__version__}"
+    else:
+        identity = "unknown"  # a Hub data set can change under its name
+    return f"{identity}-{data.size}-{data.text_column}"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The two parts of the text, tokenized."""
+
+    training: TokenizedText
+    held_out: TokenizedText
+
+
+def make_texts(data: DataOptions, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """Tokenizes both parts of the text.
+
+    Raises:
+        DataError: No document falls on one of the two sides.
+    """
+    fraction = data.held_out_fraction
+    parts = []
+    for name, pick in (("training", training_documents), ("held-out", held_out_documents)):
+        text = tokenize_documents(pick(documents(data), fraction), tokenizer)
+        if text.documents == 0:
+            raise DataError(
+                f"{data.source}: no document falls into the {name} part with "
+                f"data.held_out_fraction {fraction}: give more documents or another fraction"
+            )
+        parts.append(text)
+    return Texts(*parts)
+
+
+def make_model(
+    start: Starting, tokenizer: PreTrainedTokenizerBase, *, seed: int
+) -> PreTrainedModel:
+    """Draws a new model whose vocabulary is the tokenizer's, or loads the checkpoint."""
+    if start.checkpoint is not None:
+        model = load_model(start.checkpoint)
+        check_tokenizer_fits(model, tokenizer, where=str(start.checkpoint))
+        return model
+    seed_everything(seed)
+    config = start.preset.config(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+    return AutoModelForCausalLM.from_config(config)

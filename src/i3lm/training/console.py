@@ -1,0 +1,130 @@
+"""What a person sees while a model trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from i3lm.inference import SamplingOptions, TextGenerator
+from i3lm.training.metrics import StepTimer
+
+
+class RunConsole(TrainerCallback):
+    """A progress bar with loss, tokens per second and time left; plain lines off a terminal.
+
+    Args:
+        console: Where to write.
+        timer: Where tokens per second come from.
+    """
+
+    def __init__(self, console: Console, timer: StepTimer) -> None:
+        self.console, self.timer = console, timer
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.loss = float("nan")
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Shows the bar."""
+        self.task = self.bar.add_task(
+            "training", total=state.max_steps, completed=state.global_step, loss="-", speed="-"
+        )
+        self.bar.start()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Moves the bar."""
+        self.bar.update(
+            self.task,
+            completed=state.global_step,
+            loss="-" if self.loss != self.loss else f"{self.loss:.3f}",
+            speed=f"{self.timer.tokens_per_second:,.0f}",
+        )
+
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
+        """Takes the newest loss; off a terminal, prints it now and then."""
+        logs = logs or {}
+        self.loss = logs.get("loss", self.loss)
+        if "loss" in logs and not self.console.is_terminal:
+            every = max(args.logging_steps, -(-state.max_steps // 20))
+            if state.global_step % every < args.logging_steps:
+                left = (state.max_steps - state.global_step) * self.timer.step_seconds
+                self.console.print(
+                    f"step {state.global_step:>6}/{state.max_steps}  loss {self.loss:.3f}  "
+                    f"{self.timer.tokens_per_second:,.0f} tokens/s  {_clock(left)} left",
+                    highlight=False,
+                )
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        """Prints the held-out figures."""
+        if metrics:
+            self.console.print(
+                f"step {state.global_step:>6}  {held_out_line(metrics)}", highlight=False
+            )
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Takes the bar away."""
+        self.bar.stop()
+
+
+def held_out_line(metrics: dict[str, float]) -> str:
+    """The held-out figures as one line."""
+    return (
+        f"held out: loss {metrics['eval_loss']:.4f}, perplexity "
+        f"{metrics['eval_perplexity']:,.2f}, bits per byte {metrics['eval_bits_per_byte']:.4f}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+class SampleWriter(TrainerCallback):
+    """Continues a prompt every so many steps, on the console and in a JSON lines file.
+
+    Args:
+        console: Where to print.
+        path: The file.
+        generator: The model in training and its tokenizer.
+        prompt: The text to continue.
+        options: How to draw.
+        every: Steps between samples; 0 means never.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        path: Path,
+        generator: TextGenerator,
+        prompt: str,
+        options: SamplingOptions,
+        every: int,
+    ) -> None:
+        self.console, self.path, self.generator = console, path, generator
+        self.prompt, self.options, self.every = prompt, options, every
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Writes a sample where one is due."""
+        if not self.every or state.global_step % self.every:
+            return
+        completion = self.generator.complete(self.prompt, self.options)
+        record = {"step": state.global_step, "prompt": self.prompt, "text": completion.text}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        text = " ".join((self.prompt + completion.text).split())
+        self.console.print(
+            f"step {state.global_step:>6}  sample: {text}", highlight=False, markup=False
+        )

@@ -1,0 +1,126 @@
+"""The figures of a run: perplexities over time, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class PerplexityTracker:
+    """Training perplexity in the four ways that the original reports.
+
+    Args:
+        window: How many recent losses the windowed figure averages.
+        smoothing: Weight of the newest loss in the smoothed figure.
+    """
+
+    def __init__(self, window: int = 20, smoothing: float = 0.1) -> None:
+        self.losses: deque[float] = deque(maxlen=window)
+        self.smoothing = smoothing
+        self.smoothed: float | None = None
+        self.best = math.inf
+
+    def update(self, loss: float) -> dict[str, float]:
+        """Takes in a loss (nats per token) and gives the figures by name."""
+        self.losses.append(loss)
+        if self.smoothed is None:
+            self.smoothed = loss
+        self.smoothed += self.smoothing * (loss - self.smoothed)
+        self.best = min(self.best, loss)
+        return {
+            "loss_smoothed": self.smoothed,
+            "perplexity_current": _exp(loss),
+            "perplexity_smoothed": _exp(self.smoothed),
+            "perplexity_windowed": _exp(sum(self.losses) / len(self.losses)),
+            "perplexity_best": _exp(self.best),
+        }
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class StepTimer:
+    """Time per optimizer step over a recent window, evaluation and saving left out."""
+
+    def __init__(self, tokens_per_step: int, window: int = 20) -> None:
+        self.tokens_per_step = tokens_per_step
+        self._ends: deque[float] = deque(maxlen=window)
+        self._begin = 0.0
+
+    def begin(self) -> None:
+        """Notes that a step begins."""
+        self._begin = time.perf_counter()
+
+    def end(self) -> None:
+        """Notes that the step has ended."""
+        self._ends.append(time.perf_counter() - self._begin)
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean seconds per step over the window."""
+        return sum(self._ends) / len(self._ends) if self._ends else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training tokens per second over the window."""
+        return self.tokens_per_step / self.step_seconds if self._ends else math.nan
+
+
+class MetricsFile(TrainerCallback):
+    """Keeps every logged figure as one JSON object a line.
+
+    A resumed run first drops the lines after the checkpoint it resumes from, so that a step
+    never stands there twice.
+
+    Args:
+        path: The file.
+        timer: Where tokens per second come from.
+        resume_step: The step that the run resumes from; 0 for a new run.
+    """
+
+    def __init__(self, path: Path, timer: StepTimer, resume_step: int = 0) -> None:
+        self.path, self.timer, self.tracker = path, timer, PerplexityTracker()
+        kept: list[str] = []
+        if resume_step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                record = json.loads(line)
+                if record["step"] <= resume_step:
+                    kept.append(line)
+                    if "loss" in record:
+                        self.tracker.update(record["loss"])
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Starts the clock."""
+        self.timer.begin()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Stops the clock."""
+        self.timer.end()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes one line."""
+        logs = dict(logs or {})
+        if "loss" in logs:
+            logs |= self.tracker.update(logs["loss"])
+            logs["tokens"] = state.global_step * self.timer.tokens_per_step
+            logs["tokens_per_second"] = round(self.timer.tokens_per_second, 1)
+            logs["step_seconds"] = round(self.timer.step_seconds, 5)
+        elif "eval_loss" not in logs:
+            return  # the Trainer's own closing summary
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

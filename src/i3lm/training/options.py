@@ -1,0 +1,179 @@
+"""What a person can set about a run, checked when it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from i3lm.errors import ConfigurationError
+
+
+def _require(rules: tuple[tuple[str, Any, bool, str], ...]) -> None:
+    for name, value, holds, rule in rules:
+        if not holds:
+            raise ConfigurationError(f"{name} ({value}) {rule}")
+
+
+@dataclass
+class ModelOptions:
+    """Which model to train.
+
+    Args:
+        source: A preset (see `i3lm models`), the path of a preset in YAML, or the folder of a
+            checkpoint, which is then fine-tuned. Without it, `config` describes a new model.
+        config: Configuration fields that override the preset's, or describe a model of their
+            own, for example hidden_size and layer_types.
+    """
+
+    source: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TokenizerOptions:
+    """Which tokenizer to use.
+
+    Args:
+        source: bpe, chunk or character to train one on the data; or the path or Hub name of one
+            that exists. By default the preset's kind, or the checkpoint's own tokenizer.
+        vocab_size: Size of a BPE vocabulary, or the most chunks; by default the model's
+            vocab_size. The model's vocabulary always follows the tokenizer that came out.
+        lowercase: Whether a character tokenizer lower-cases its text; by default as the preset
+            says.
+    """
+
+    source: str | None = None
+    vocab_size: int | None = None
+    lowercase: bool | None = None
+
+
+@dataclass
+class DataOptions:
+    """Which text to train on.
+
+    Args:
+        source: A built-in corpus (stories, pydocs), the path of a .txt, .jsonl or .parquet
+            file, or the name of a data set on the Hub (owner/name).
+        text_column: Where a record of a .jsonl or .parquet file holds its text.
+        split: Which split of a Hub data set to read.
+        size: Most documents to read; for stories, how many to write.
+        held_out_fraction: Share of documents, picked by their text, that training never sees
+            and that evaluation uses.
+    """
+
+    source: str = "stories"
+    text_column: str = "text"
+    split: str = "train"
+    size: int | None = None
+    held_out_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        share = self.held_out_fraction
+        _require((
+            ("data.held_out_fraction", share, 0 < share < 1, "must be above 0 and below 1"),
+            ("data.size", self.size, self.size is None or self.size > 0, "must be at least 1"),
+        ))  # fmt: skip
+
+
+@dataclass
+class TrainingOptions:
+    """How to train.
+
+    Args:
+        max_steps: Optimizer steps. Give this or epochs.
+        epochs: Passes over the training text, in place of max_steps.
+        batch_size: Rows per forward pass.
+        gradient_accumulation_steps: Forward passes per optimizer step.
+        context_length: Tokens per row; by default the model's context.
+        learning_rate: Peak rate, reached after the warm-up.
+        min_learning_rate_ratio: What is left of the rate at the end of the cosine.
+        warmup_steps: Steps of linear warm-up.
+        weight_decay: AdamW's decay of matrices; norms, biases, embeddings and decay rates have
+            none.
+        adam_beta1: AdamW's decay of the mean gradient.
+        adam_beta2: AdamW's decay of the mean squared gradient.
+        max_grad_norm: Gradients are scaled down to this norm; 0 turns it off.
+        precision: fp32, bf16, or auto for bf16 where the processor multiplies it in hardware.
+        device: cpu, cuda, mps, or auto for the fastest there is.
+        seed: Seed of weights, order of rows, and draws.
+        log_every: Steps between lines of the metrics file.
+        evaluate_every: Steps between evaluations on the held-out text.
+        save_every: Steps between checkpoints to resume from.
+        keep_checkpoints: How many of those to keep, beside best and last.
+    """
+
+    max_steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    context_length: int | None = None
+    learning_rate: float = 1e-3
+    min_learning_rate_ratio: float = 0.1
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    precision: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 100
+    save_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.epochs is not None:
+            raise ConfigurationError(
+                f"training.max_steps ({self.max_steps}) and training.epochs ({self.epochs}) "
+                "exclude each other: give one"
+            )
+        if self.max_steps is None and self.epochs is None:
+            self.epochs = 1.0
+        counts = (
+            "batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every",
+            "save_every", "keep_checkpoints",
+        )  # fmt: skip
+        _require((
+            *((f"training.{name}", getattr(self, name), getattr(self, name) >= 1,
+               "must be at least 1") for name in counts),
+            ("training.max_steps", self.max_steps, self.max_steps is None or self.max_steps >= 1,
+             "must be at least 1"),
+            ("training.epochs", self.epochs, self.epochs is None or self.epochs > 0,
+             "must be above 0"),
+            ("training.context_length", self.context_length,
+             self.context_length is None or self.context_length >= 1, "must be at least 1"),
+            ("training.learning_rate", self.learning_rate, self.learning_rate > 0,
+             "must be above 0"),
+            ("training.min_learning_rate_ratio", self.min_learning_rate_ratio,
+             0 <= self.min_learning_rate_ratio <= 1, "must be between 0 and 1"),
+            ("training.warmup_steps", self.warmup_steps, self.warmup_steps >= 0,
+             "must be 0 or above"),
+            ("training.weight_decay", self.weight_decay, self.weight_decay >= 0,
+             "must be 0 or above"),
+            ("training.adam_beta1", self.adam_beta1, 0 <= self.adam_beta1 < 1,
+             "must be at least 0 and below 1"),
+            ("training.adam_beta2", self.adam_beta2, 0 <= self.adam_beta2 < 1,
+             "must be at least 0 and below 1"),
+            ("training.max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0,
+             "must be 0 (off) or above"),
+        ))  # fmt: skip
+
+
+@dataclass
+class SampleOptions:
+    """Which texts to write while training, to see it learn.
+
+    Args:
+        prompts: Beginnings to continue after training; the first also while training.
+        every: Steps between samples while training; 0 means only at the end.
+        max_new_tokens: Tokens per sample.
+        temperature: Temperature of the draws.
+        top_k: Draw among this many likeliest tokens; 0 means all.
+    """
+
+    prompts: list[str] = field(default_factory=lambda: ["Once upon a time"])
+    every: int = 0
+    max_new_tokens: int = 80
+    temperature: float = 0.8
+    top_k: int = 50

@@ -1,0 +1,324 @@
+"""One training run, from options to a folder with a model in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from transformers import TrainerCallback, TrainingArguments
+
+from i3lm.data.tokens import ContiguousRows
+from i3lm.device import resolve_device, resolve_precision, seed_everything
+from i3lm.errors import ConfigurationError, OutputError
+from i3lm.inference import SamplingOptions, TextGenerator
+from i3lm.models.model_card import write_model_card
+from i3lm.training.build import make_model, make_texts, make_tokenizer, resolve_start
+from i3lm.training.checkpoints import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    as_output_error,
+    latest_checkpoint,
+    write_folder,
+)
+from i3lm.training.console import RunConsole, SampleWriter
+from i3lm.training.metrics import MetricsFile, StepTimer
+from i3lm.training.options import (
+    DataOptions,
+    ModelOptions,
+    SampleOptions,
+    TokenizerOptions,
+    TrainingOptions,
+)
+from i3lm.training.trainer import I3Trainer
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything that defines a run; kept as ``config.yaml`` in its folder."""
+
+    model: ModelOptions
+    tokenizer: TokenizerOptions
+    data: DataOptions
+    training: TrainingOptions
+    sample: SampleOptions
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ends with: its folder, and held-out figures before and after."""
+
+    output: Path
+    parameters: int
+    steps: int
+    tokens: int
+    before: dict[str, float]
+    after: dict[str, float]
+    samples: list[dict[str, str]]
+
+
+def run_training(
+    output: Path,
+    options: RunOptions,
+    *,
+    console: Console,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> RunResult:
+    """Trains a model and leaves it, its figures and its settings in a folder.
+
+    The folder gets ``best/`` and ``last/`` (models with tokenizer and card), ``checkpoints/``
+    (to resume from), ``metrics.jsonl``, ``samples.jsonl`` and ``config.yaml``. Nothing is
+    written before text, tokenizer and model are ready.
+
+    Args:
+        output: The folder.
+        options: What to train on what, and how.
+        console: Where progress goes.
+        resume: Go on from the folder's newest checkpoint.
+        overwrite: Replace a run that is already there.
+
+    Raises:
+        I3Error: Anything that the options, the data or the folder cannot give.
+    """
+    _check_output(output, options, resume=resume, overwrite=overwrite)
+    training = options.training
+    device = resolve_device(training.device)
+    precision = resolve_precision(training.precision, device)
+    draws = SamplingOptions(
+        max_new_tokens=options.sample.max_new_tokens,
+        temperature=options.sample.temperature,
+        top_k=options.sample.top_k,
+        seed=training.seed,
+    )
+
+    start = resolve_start(options.model)
+    tokenizer = make_tokenizer(options.tokenizer, start, options.data)
+    texts = make_texts(options.data, tokenizer)
+    model = make_model(start, tokenizer, seed=training.seed)
+    context = _context_length(training, model.config.max_position_embeddings)
+    rows = ContiguousRows(texts.training, context)
+    generator = TextGenerator(model, tokenizer, precision)
+    for prompt in options.sample.prompts:
+        generator.encode_prompt(prompt)
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"{start.preset.name}: {parameters:,} parameters, vocabulary {len(tokenizer):,}, "
+        f"context {context}, {precision} on {device}\n"
+        f"{options.data.source}: {len(texts.training.tokens):,} training tokens in "
+        f"{texts.training.documents:,} documents, {len(texts.held_out.tokens):,} held out in "
+        f"{texts.held_out.documents:,}",
+        highlight=False,
+    )
+
+    checkpoint = _prepare_folder(output, options, resume=resume)
+    step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    batch = training.batch_size * training.gradient_accumulation_steps
+    timer = StepTimer(batch * context)
+
+    def save(folder: Path, facts: dict[str, str]) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_model_card(folder, model.config, parameters, facts)
+
+    keeper = BestKeeper(output / "best", save)
+    callbacks = [
+        MetricsFile(output / METRICS_FILE, timer, resume_step=step),
+        keeper,
+        RunConsole(console, timer),
+    ]
+    if options.sample.prompts:
+        callbacks.append(
+            SampleWriter(
+                console,
+                output / "samples.jsonl",
+                generator,
+                options.sample.prompts[0],
+                draws,
+                options.sample.every,
+            )  # fmt: skip
+        )
+    seed_everything(training.seed)
+    trainer = I3Trainer(
+        model=model,
+        args=_training_arguments(output, training, precision, device.type, len(rows)),
+        train_dataset=rows,
+        held_out=texts.held_out,
+        context_length=context,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    _silence_stock_console(trainer)
+    if checkpoint is not None:
+        console.print(f"resuming from {checkpoint}", highlight=False)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        steps = trainer.state.global_step
+        after = trainer.evaluate() if keeper.evaluated_step != steps else keeper.latest
+        write_folder(output / "last", lambda part: save(part, _facts(after, steps)))
+        samples = [
+            {"prompt": prompt, "text": generator.complete(prompt, draws).text}
+            for prompt in options.sample.prompts
+        ]
+    except Exception as error:
+        raise as_output_error(output, error) or error from error
+    before = next((r for r in trainer.state.log_history if "eval_loss" in r), after)
+    keys = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
+    return RunResult(
+        output=output,
+        parameters=parameters,
+        steps=steps,
+        tokens=steps * timer.tokens_per_step,
+        before={key.removeprefix("eval_"): before[key] for key in keys},
+        after={key.removeprefix("eval_"): after[key] for key in keys},
+        samples=samples,
+    )
+
+
+class BestKeeper(TrainerCallback):
+    """Keeps the model with the lowest held-out loss in a folder of its own."""
+
+    def __init__(self, folder: Path, save: Any) -> None:
+        self.folder, self.save = folder, save
+        self.best = float("inf")
+        self.evaluated_step = -1
+        self.latest: dict[str, float] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Takes the best so far from the record of a resumed run."""
+        losses = [r["eval_loss"] for r in state.log_history if "eval_loss" in r and r["step"]]
+        self.best = min(losses, default=self.best)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        """Saves the model if it is the best yet."""
+        self.latest, self.evaluated_step = dict(metrics or {}), state.global_step
+        if state.global_step and self.latest and self.latest["eval_loss"] < self.best:
+            self.best = self.latest["eval_loss"]
+            facts = _facts(self.latest, state.global_step)
+            write_folder(self.folder, lambda part: self.save(part, facts))
+
+
+def _facts(metrics: dict[str, float], steps: int) -> dict[str, str]:
+    return {
+        "Training steps": f"{steps:,}",
+        "Held-out loss": f"{metrics['eval_loss']:.4f} nats per token",
+        "Held-out bits per byte": f"{metrics['eval_bits_per_byte']:.4f}",
+    }
+
+
+def _context_length(training: TrainingOptions, limit: int) -> int:
+    context = training.context_length or limit
+    if context > limit:
+        raise ConfigurationError(
+            f"training.context_length ({context}) is more than the model's "
+            f"max_position_embeddings ({limit}): lower the one or raise the other"
+        )
+    return context
+
+
+def _check_output(output: Path, options: RunOptions, *, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that cannot be written, or whose content would be lost."""
+    if resume and overwrite:
+        raise ConfigurationError("--resume and --overwrite exclude each other: give one")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: is a file; give a folder")
+    existing = next((p for p in (output, *output.parents) if p.exists()), Path())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OutputError(
+            f"{output}: cannot be written: {existing} is not a folder that you may write to"
+        )
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / CONFIG_FILE).is_file():
+            raise OutputError(f"{output}: is not empty and holds no run of i3lm; give a new folder")
+        if resume:
+            _check_same_run(output, options)
+        elif not overwrite:
+            raise OutputError(
+                f"{output}: already holds a run; go on with --resume, replace it with "
+                "--overwrite, or give another --output"
+            )
+    elif resume:
+        raise OutputError(f"{output}: holds no run to resume; leave --resume out to begin one")
+
+
+def _check_same_run(output: Path, options: RunOptions) -> None:
+    """Refuses to resume with options that would make it another run."""
+    saved = yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8"))
+    now = dataclasses.asdict(options)
+    for group in ("model", "tokenizer", "data", "training"):
+        for key, value in now[group].items():
+            before = saved.get(group, {}).get(key)
+            if before != value and (group, key) not in _MAY_CHANGE:
+                raise ConfigurationError(
+                    f"{output}: the run was begun with {group}.{key} {before!r}, now it is "
+                    f"{value!r}: resume with the same options, or begin another run"
+                )
+
+
+_MAY_CHANGE = {
+    ("training", name)
+    for name in ("device", "log_every", "evaluate_every", "save_every", "keep_checkpoints")
+}
+
+
+def _prepare_folder(output: Path, options: RunOptions, *, resume: bool) -> Path | None:
+    """Makes the run's folder and gives the checkpoint to resume from, if any."""
+    try:
+        if not resume and output.exists():
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False, allow_unicode=True)
+        (output / CONFIG_FILE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise as_output_error(output, error) or error from error
+    return latest_checkpoint(output / "checkpoints") if resume else None
+
+
+def _training_arguments(
+    output: Path, training: TrainingOptions, precision: str, device: str, rows: int
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        max_steps=training.max_steps or -1,
+        num_train_epochs=training.epochs or 1.0,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": training.min_learning_rate_ratio},
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        max_grad_norm=training.max_grad_norm,
+        bf16=precision == "bf16",
+        use_cpu=device == "cpu",
+        seed=training.seed,
+        data_seed=training.seed,
+        dataloader_drop_last=rows >= training.batch_size,
+        dataloader_pin_memory=device == "cuda",
+        logging_steps=training.log_every,
+        logging_first_step=True,
+        eval_strategy="steps",
+        eval_steps=training.evaluate_every,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=training.save_every,
+        save_total_limit=training.keep_checkpoints,
+        report_to="none",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _silence_stock_console(trainer: I3Trainer) -> None:
+    """Removes transformers' own printing of every log line; ours shows them."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,83 @@
+"""transformers' Trainer with what it lacks for these models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+
+from i3lm.data.tokens import TokenizedText
+from i3lm.evaluation import Evaluation, evaluate_text
+from i3lm.training.optimizers import parameter_groups
+
+
+class I3Trainer(Trainer):
+    """Trains on rows whose labels are one step ahead, and evaluates in bits per byte.
+
+    Args:
+        held_out: The text that evaluation uses.
+        context_length: Tokens per row of the evaluation.
+        args: transformers' training arguments.
+        kwargs: Everything else that `Trainer` takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        held_out: TokenizedText,
+        context_length: int,
+        args: TrainingArguments,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(args=args, eval_dataset=held_out, **kwargs)
+        self.held_out, self.context_length = held_out, context_length
+        # Every row is full, so the mean over a batch is the mean over its tokens.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean negative log-likelihood of the labels, in nats per token."""
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        loss = F.cross_entropy(outputs.logits.flatten(0, 1).float(), inputs["labels"].flatten())
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Fused AdamW over `parameter_groups`."""
+        if self.optimizer is None:
+            groups = parameter_groups(model or self.model, self.args.weight_decay)
+            self.optimizer = torch.optim.AdamW(
+                groups,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                fused=self.args.device.type in ("cpu", "cuda"),
+            )
+        return self.optimizer
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Scores the held-out text; the figures go to the log as ``eval_...``."""
+        evaluation: Evaluation = evaluate_text(
+            self.model,
+            self.held_out,
+            context_length=self.context_length,
+            batch_size=self.args.per_device_eval_batch_size,
+            precision="bf16" if self.args.bf16 else "fp32",
+        )
+        metrics = {
+            "eval_loss": evaluation.loss,
+            "eval_perplexity": evaluation.perplexity,
+            "eval_bits_per_byte": evaluation.bits_per_byte,
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
