@@ -76,7 +76,7 @@ class Op:
             asked, source = (_overrides.get() or {}).get(self.name), "asked for by an override"
         if asked is not None:
             return Choice(self._named(asked, device, dtype), source)
-        refusals = []
+        refusals: list[str] = []
         for candidate in self.implementations:
             refusal = candidate.refuses(device, dtype)
             if refusal is None:

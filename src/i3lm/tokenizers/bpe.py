@@ -30,8 +30,8 @@ def train_bpe_tokenizer(
 
     Ids 0 to 3 are ``<UNK> <PAD> <BOS> <EOS>``, the next 256 are the bytes, the rest are merges
     (Sennrich et al., arXiv:1508.07909, on bytes as in GPT-2). Because every byte is in the
-    vocabulary, any text survives encoding and decoding and ``<UNK>`` never occurs. Encoding adds
-    no token by itself; the text of a special token, such as "<EOS>", is read as that token.
+    vocabulary, any text survives encoding and decoding. Encoding adds no token by itself; a text
+    that spells a special token, such as "<EOS>", is read as that token.
 
     Args:
         texts: Any iterable of strings; read once, a few hundred at a time.

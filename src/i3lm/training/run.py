@@ -141,7 +141,7 @@ def run_training(
                 options.sample.prompts[0],
                 draws,
                 options.sample.every,
-            )  # fmt: skip
+            )
         )
     seed_everything(training.seed)
     trainer = I3Trainer(

@@ -24,6 +24,9 @@ class I3Trainer(Trainer):
         kwargs: Everything else that `Trainer` takes.
     """
 
+    optimizer: Any
+    control: Any
+
     def __init__(
         self,
         *,

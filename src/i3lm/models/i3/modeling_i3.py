@@ -41,6 +41,8 @@ class I3DecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: I3Config, layer_idx: int) -> None:
         super().__init__()
+        assert config.layer_types is not None  # the configuration itself sets both
+        assert config.intermediate_size is not None
         C, eps = config.hidden_size, config.layer_norm_eps
         self.layer_idx = layer_idx
         self.layer_type = config.layer_types[layer_idx]
@@ -93,7 +95,8 @@ class I3DecoderLayer(GradientCheckpointingLayer):
             write_state(cache, self.layer_idx, RECURRENCE, state)
             return mixed
         if state is not None:
-            state = TimeMixState(read_state(cache, self.layer_idx, MIXER_SHIFT), state)
+            shift = read_state(cache, self.layer_idx, MIXER_SHIFT)
+            state = None if shift is None else TimeMixState(shift, state)
         mixed, state = self.mixer(x, state, mask=mask)
         write_state(cache, self.layer_idx, RECURRENCE, state.sums)
         write_state(cache, self.layer_idx, MIXER_SHIFT, state.shift)
@@ -131,7 +134,7 @@ class I3PreTrainedModel(PreTrainedModel):
             initialize_rwkv(
                 [part for part in parts if part is not None],
                 module.layer_idx,
-                self.config.num_hidden_layers,
+                len(self.config.layer_types or ()),
             )
 
 
@@ -143,7 +146,7 @@ class I3Model(I3PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(
-            I3DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+            I3DecoderLayer(config, index) for index in range(len(config.layer_types or ()))
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -178,11 +181,12 @@ class I3Model(I3PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
+        if input_ids is not None:
             self._check_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None and not self.training:
             past_key_values = I3Cache(self.config)
+        assert inputs_embeds is not None
         T = inputs_embeds.shape[1]
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
@@ -197,7 +201,7 @@ class I3Model(I3PreTrainedModel):
         }
         padding_mask = create_recurrent_attention_mask(**mask_arguments)
         causal_mask = None
-        if any(kind != "linear_attention" for kind in self.config.layer_types):
+        if any(kind != "linear_attention" for kind in self.config.layer_types or ()):
             causal_mask = create_causal_mask(**mask_arguments, position_ids=None)
 
         hidden_states = inputs_embeds + self.embed_positions(position_ids)
@@ -336,7 +340,7 @@ class I3ForCausalLM(I3PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> Any:
         """Hands `generate` our cache where it would make a plain dynamic one."""
         wants_cache = generation_config.use_cache and generation_config.cache_implementation in (
             None,
@@ -345,4 +349,6 @@ class I3ForCausalLM(I3PreTrainedModel, GenerationMixin):
         if wants_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = I3Cache(self.config)
             generation_config.cache_implementation = None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from i3lm.ops.dispatch import Implementation, Op, accumulation_dtype, full_precision
 from i3lm.ops.wkv.reference import empty_state, wkv_reference
 from i3lm.ops.wkv.scan import wkv_scan
 
-WKV = Op("wkv", [Implementation("scan", wkv_scan), Implementation("reference", wkv_reference)])
+
+def _numba(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from i3lm.ops.wkv.numba import wkv_numba
+
+    return wkv_numba(*arguments)
+
+
+def _numba_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {device.type}"
+    if dtype != torch.float32:
+        return f"computes in float32, not in {dtype}"
+    return None
+
+
+WKV = Op(
+    "wkv",
+    [
+        Implementation("numba", _numba, _numba_refuses),
+        Implementation("scan", wkv_scan),
+        Implementation("reference", wkv_reference),
+    ],
+)
 
 
 def wkv(
