@@ -44,7 +44,11 @@ def quickstart(output: str = "runs/quickstart", overwrite: bool = False) -> None
             max_steps=400, batch_size=32, learning_rate=3e-3, warmup_steps=20, evaluate_every=100
         ),
         SampleOptions(
-            prompts=["Once upon a time", "Mina the fox wanted", '"What is your favourite'],
+            prompts=[
+                "Long ago, a girl named Lena lived",
+                "Otto and Rosie were sitting in the meadow.",
+                "The opposite of",
+            ],
             every=100,
             max_new_tokens=70,
         ),

@@ -104,6 +104,15 @@ class Op:
             logger.info("%s runs as %s (%s)", self.name, choice.implementation.name, choice.reason)
 
 
+def numba_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the numba implementations cannot serve a device and dtype, or None."""
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {device.type}"
+    if dtype != torch.float32:
+        return f"computes in float32, not in {dtype}"
+    return None
+
+
 @contextlib.contextmanager
 def use_implementation(**names: str) -> Iterator[None]:
     """Makes ops use the named implementations inside the block.

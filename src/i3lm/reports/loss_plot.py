@@ -18,16 +18,13 @@ def plot_loss(metrics_file: Path, picture: Path) -> None:
 
     records = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
     training = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    smoothed = [(r["step"], r["loss_smoothed"]) for r in records if "loss_smoothed" in r]
     held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if training:
-        axes.plot(*zip(*training, strict=True), color="0.75", lw=1, label="training")
-    if smoothed:
-        axes.plot(*zip(*smoothed, strict=True), color="tab:blue", label="training, smoothed")
+        axes.plot(*zip(*training, strict=True), color="tab:blue", lw=1.2, label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", ms=4, label="held out")
         last_step, last_loss = held_out[-1]

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from i3lm.ops.dispatch import Implementation, Op, accumulation_dtype, full_precision
+from i3lm.ops.dispatch import (
+    Implementation,
+    Op,
+    accumulation_dtype,
+    full_precision,
+    numba_refuses,
+)
 from i3lm.ops.state_space.reference import state_space_reference
 from i3lm.ops.state_space.scan import state_space_scan
+
+
+def _numba(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from i3lm.ops.state_space.numba import state_space_numba
+
+    return state_space_numba(*arguments)
+
 
 STATE_SPACE = Op(
     "state_space",
     [
+        Implementation("numba", _numba, numba_refuses),
         Implementation("scan", state_space_scan),
         Implementation("reference", state_space_reference),
     ],

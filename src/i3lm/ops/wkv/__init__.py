@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from i3lm.ops.dispatch import Implementation, Op, accumulation_dtype, full_precision
+from i3lm.ops.dispatch import (
+    Implementation,
+    Op,
+    accumulation_dtype,
+    full_precision,
+    numba_refuses,
+)
 from i3lm.ops.wkv.reference import empty_state, wkv_reference
 from i3lm.ops.wkv.scan import wkv_scan
 
@@ -18,18 +23,10 @@ def _numba(*arguments: Any) -> tuple[Tensor, Tensor]:
     return wkv_numba(*arguments)
 
 
-def _numba_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return f"runs on the CPU, not on {device.type}"
-    if dtype != torch.float32:
-        return f"computes in float32, not in {dtype}"
-    return None
-
-
 WKV = Op(
     "wkv",
     [
-        Implementation("numba", _numba, _numba_refuses),
+        Implementation("numba", _numba, numba_refuses),
         Implementation("scan", wkv_scan),
         Implementation("reference", wkv_reference),
     ],

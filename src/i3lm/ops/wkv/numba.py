@@ -14,12 +14,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
+from i3lm.ops.numba_bridge import as_arrays, match_threads
 from i3lm.ops.wkv.reference import EMPTY_EXPONENT
 
 _BLOCK = 32  # channels per task: two 512-bit vectors, and 384 bytes of state per step
@@ -28,7 +28,6 @@ _FASTEST = np.float32(-1e30)
 _LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts, so that n * ln 2 is exact where it cancels against x (Cody and Waite).
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_LAUNCHED_THREADS = numba.get_num_threads()
 _compiled: Any = partial(njit, parallel=True, fastmath=True, cache=True, error_model="numpy")
 
 
@@ -172,21 +171,15 @@ def _backward(
             grad_decay[b, c], grad_first[b, c] = sum_decay[i], sum_first[i]
 
 
-def _arrays(*tensors: Tensor | None) -> list[np.ndarray]:
-    """The tensors as contiguous arrays; None becomes an empty (0, 0) mark."""
-    empty = np.zeros((0, 0), np.bool_)
-    return [empty if x is None else x.detach().contiguous().numpy() for x in tensors]
-
-
 class _Wkv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, key, value, time_decay, time_first, state, reset, mask):
         ctx.save_for_backward(key, value, time_decay, time_first, state, reset, mask)
         output = torch.empty(key.shape, dtype=key.dtype)
         final = torch.empty(state.shape, dtype=state.dtype)
-        _match_threads()
+        match_threads()
         _forward(
-            *_arrays(key, value, time_decay, time_first, state, reset, mask),
+            *as_arrays(key, value, time_decay, time_first, state, reset, mask),
             output.numpy(), final.numpy(),
         )  # fmt: skip
         return output, final
@@ -199,16 +192,9 @@ class _Wkv(torch.autograd.Function):
         grad_decay, grad_first = (torch.empty(key.shape[0], key.shape[2]) for _ in range(2))
         grad_state = torch.empty(state.shape)
         results = (grad_key, grad_value, grad_decay, grad_first, grad_state)
-        _match_threads()
-        _backward(*_arrays(*inputs, grad_output, grad_final), *(x.numpy() for x in results))
+        match_threads()
+        _backward(*as_arrays(*inputs, grad_output, grad_final), *(x.numpy() for x in results))
         return grad_key, grad_value, grad_decay.sum(0), grad_first.sum(0), grad_state, None, None
-
-
-def _match_threads() -> None:
-    """Uses as many threads as PyTorch does."""
-    threads = min(torch.get_num_threads(), _LAUNCHED_THREADS)
-    if threads != numba.get_num_threads():
-        numba.set_num_threads(threads)
 
 
 def wkv_numba(

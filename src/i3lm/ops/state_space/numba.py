@@ -1,0 +1,215 @@
+"""The hybrid mixer's recurrence for CPUs, compiled from Python by numba.
+
+The running average goes channel by channel (one task per batch row and block of channels), the
+hidden state row by row of the batch (a step is one small matrix times a vector). The large
+matrices around them stay PyTorch's matrix products. The backward pass recomputes the running
+average block by block and runs the adjoints in one sweep each.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from i3lm.ops.numba_bridge import as_arrays, match_threads
+
+_BLOCK = 32  # channels per task
+_ZERO = np.float32(0)
+_compiled: Any = partial(njit, parallel=True, fastmath=True, cache=True, error_model="numpy")
+
+
+@_compiled()
+def _average_forward(x, mix, D, start, reset, mask, y, final):
+    """Adds ``D * h_t`` to y."""
+    B, T, C = x.shape
+    blocks = (C + _BLOCK - 1) // _BLOCK
+    for task in prange(B * blocks):
+        b, low = task // blocks, (task % blocks) * _BLOCK
+        width = min(_BLOCK, C - low)
+        h = np.empty(_BLOCK, np.float32)
+        for i in range(width):
+            h[i] = start[b, low + i]
+        for t in range(T):
+            if reset.size and reset[b, t]:
+                h[:] = _ZERO
+            if mask.size and not mask[b, t]:
+                for i in range(width):
+                    y[b, t, low + i] = _ZERO
+                continue
+            for i in range(width):
+                c = low + i
+                h[i] = mix[c] * (h[i] - x[b, t, c]) + x[b, t, c]
+                y[b, t, c] += D[c] * h[i]
+        for i in range(width):
+            final[b, low + i] = h[i]
+
+
+@_compiled()
+def _average_backward(
+    x, mix, D, start, reset, mask, grad_y, grad_final, grad_x, grad_mix, grad_D, grad_start
+):
+    """Adds to grad_x; writes the rest."""
+    B, T, C = x.shape
+    blocks = (C + _BLOCK - 1) // _BLOCK
+    for task in prange(B * blocks):
+        b, low = task // blocks, (task % blocks) * _BLOCK
+        width = min(_BLOCK, C - low)
+        before = np.empty((T, _BLOCK), np.float32)  # h as each step finds it
+        h, adjoint = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+        sum_mix, sum_D = np.zeros(_BLOCK, np.float32), np.zeros(_BLOCK, np.float32)
+        for i in range(width):
+            h[i], adjoint[i] = start[b, low + i], grad_final[b, low + i]
+        for t in range(T):
+            if reset.size and reset[b, t]:
+                h[:] = _ZERO
+            for i in range(width):
+                before[t, i] = h[i]
+            if not mask.size or mask[b, t]:
+                for i in range(width):
+                    c = low + i
+                    h[i] = mix[c] * (h[i] - x[b, t, c]) + x[b, t, c]
+        for step in range(T):
+            t = T - 1 - step
+            if not mask.size or mask[b, t]:
+                for i in range(width):
+                    c = low + i
+                    now = mix[c] * (before[t, i] - x[b, t, c]) + x[b, t, c]
+                    sum_D[i] += grad_y[b, t, c] * now
+                    adjoint[i] += D[c] * grad_y[b, t, c]
+                    sum_mix[i] += adjoint[i] * (before[t, i] - x[b, t, c])
+                    grad_x[b, t, c] += (np.float32(1) - mix[c]) * adjoint[i]
+                    adjoint[i] *= mix[c]
+            if reset.size and reset[b, t]:
+                adjoint[:] = _ZERO
+        for i in range(width):
+            c = low + i
+            grad_mix[b, c], grad_D[b, c], grad_start[b, c] = sum_mix[i], sum_D[i], adjoint[i]
+
+
+@_compiled()
+def _hidden_forward(u, At, start, reset, mask, before, states, final):
+    """``s_t = A s_{t-1} + u_t``; keeps s_{t-1} as the step finds it, and s_t."""
+    B, T, N = u.shape
+    for b in prange(B):
+        s, moved = np.empty(N, np.float32), np.empty(N, np.float32)
+        for i in range(N):
+            s[i] = start[b, i]
+        for t in range(T):
+            if reset.size and reset[b, t]:
+                s[:] = _ZERO
+            for i in range(N):
+                before[b, t, i] = s[i]
+            if not mask.size or mask[b, t]:
+                for i in range(N):
+                    moved[i] = u[b, t, i]
+                for j in range(N):
+                    for i in range(N):
+                        moved[i] += At[j, i] * s[j]
+                s, moved = moved, s
+            for i in range(N):
+                states[b, t, i] = s[i]
+        for i in range(N):
+            final[b, i] = s[i]
+
+
+@_compiled()
+def _hidden_backward(grad_states, A, reset, mask, grad_final, adjoints, grad_start):
+    """The gradient of every ``A s_{t-1} + u_t``: zero at padded steps."""
+    B, T, N = grad_states.shape
+    for b in prange(B):
+        adjoint, moved = np.empty(N, np.float32), np.empty(N, np.float32)
+        for i in range(N):
+            adjoint[i] = grad_final[b, i]
+        for step in range(T):
+            t = T - 1 - step
+            if not mask.size or mask[b, t]:
+                for i in range(N):
+                    adjoint[i] += grad_states[b, t, i]
+                    adjoints[b, t, i] = adjoint[i]
+                    moved[i] = _ZERO
+                for j in range(N):
+                    for i in range(N):
+                        moved[i] += A[j, i] * adjoint[j]
+                adjoint, moved = moved, adjoint
+            else:
+                for i in range(N):
+                    adjoints[b, t, i] = _ZERO
+            if reset.size and reset[b, t]:
+                adjoint[:] = _ZERO
+        for i in range(N):
+            grad_start[b, i] = adjoint[i]
+
+
+class _StateSpace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mix, A, B, C, D, average, hidden, reset, mask):
+        u = x @ B.T
+        before, states = torch.empty_like(u), torch.empty_like(u)
+        last_average, last_hidden = torch.empty_like(average), torch.empty_like(hidden)
+        match_threads()
+        _hidden_forward(
+            *as_arrays(u, A.T, hidden, reset, mask),
+            before.numpy(), states.numpy(), last_hidden.numpy(),
+        )  # fmt: skip
+        y = states @ C.T
+        _average_forward(
+            *as_arrays(x, mix, D, average, reset, mask), y.numpy(), last_average.numpy()
+        )
+        ctx.save_for_backward(x, mix, A, B, C, D, average, before, states, reset, mask)
+        return y, last_average, last_hidden
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_average, grad_hidden):
+        x, mix, A, B, C, D, average, before, states, reset, mask = ctx.saved_tensors
+        if mask is not None:
+            grad_y = grad_y.masked_fill(~mask[..., None], 0)
+        grad_y = grad_y.contiguous()
+        adjoints, start_hidden = torch.empty_like(states), torch.empty_like(grad_hidden)
+        match_threads()
+        _hidden_backward(
+            *as_arrays(grad_y @ C, A, reset, mask, grad_hidden),
+            adjoints.numpy(), start_hidden.numpy(),
+        )  # fmt: skip
+        grad_x = adjoints @ B
+        grad_mix, grad_D = (torch.empty(x.shape[0], x.shape[2]) for _ in range(2))
+        start_average = torch.empty_like(grad_average)
+        results = (grad_x, grad_mix, grad_D, start_average)
+        _average_backward(
+            *as_arrays(x, mix, D, average, reset, mask, grad_y, grad_average),
+            *(result.numpy() for result in results),
+        )
+        flat = adjoints.flatten(0, 1)
+        return (
+            grad_x,
+            grad_mix.sum(0),
+            flat.T @ before.flatten(0, 1),
+            flat.T @ x.flatten(0, 1),
+            grad_y.flatten(0, 1).T @ states.flatten(0, 1),
+            grad_D.sum(0),
+            start_average,
+            start_hidden,
+            None,
+            None,
+        )
+
+
+def state_space_numba(
+    x: Tensor,
+    mix: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Computes `i3lm.ops.state_space` on the CPU; as `state_space_reference` in the rest."""
+    average, hidden = (part.contiguous() for part in state.split([x.shape[2], A.shape[0]], dim=1))
+    y, average, hidden = _StateSpace.apply(x, mix, A, B, C, D, average, hidden, reset, mask)
+    return y, torch.cat([average, hidden], dim=1)
