@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,15 @@ class Implementation:
 
     Attributes:
         name: The word used everywhere: file, flag, test id.
-        function: The callable; every implementation of an op has the same signature.
+        forward: The op; every implementation of an op has the same signature.
+        backward: The gradients of its inputs, from those of its outputs and the inputs; None
+            where PyTorch differentiates the forward pass itself.
         refuses: Given the device and dtype, why this implementation cannot serve them, or None.
     """
 
     name: str
-    function: Callable
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]] | None = None
     refuses: Callable[[torch.device, torch.dtype], str | None] = _accept_anything
 
 
@@ -75,7 +79,11 @@ class Op:
         if asked is None:
             asked, source = (_overrides.get() or {}).get(self.name), "asked for by an override"
         if asked is not None:
-            return Choice(self._named(asked, device, dtype), source)
+            chosen = self.named(asked)
+            refusal = chosen.refuses(device, dtype)
+            if refusal is not None:
+                raise ValueError(f"{self.name}: implementation {asked!r} refuses: {refusal}")
+            return Choice(chosen, source)
         refusals: list[str] = []
         for candidate in self.implementations:
             refusal = candidate.refuses(device, dtype)
@@ -87,12 +95,10 @@ class Op:
             refusals.append(f"{candidate.name}: {refusal}")
         raise ValueError(f"no implementation of {self.name} accepts {dtype} on {device}")
 
-    def _named(self, name: str, device: torch.device, dtype: torch.dtype) -> Implementation:
+    def named(self, name: str) -> Implementation:
+        """Gives an implementation by name, or raises a ValueError that lists them."""
         for candidate in self.implementations:
             if candidate.name == name:
-                refusal = candidate.refuses(device, dtype)
-                if refusal is not None:
-                    raise ValueError(f"{self.name}: implementation {name!r} refuses: {refusal}")
                 return candidate
         known = ", ".join(self.names)
         raise ValueError(f"{self.name} has no implementation {name!r}; it has {known}")
@@ -102,6 +108,17 @@ class Op:
         if key not in self._told:
             self._told.add(key)
             logger.info("%s runs as %s (%s)", self.name, choice.implementation.name, choice.reason)
+
+
+def runs_directly(implementation: Implementation) -> bool:
+    """Whether a call skips the registered op and goes straight to the implementation.
+
+    So it is where nobody differentiates or traces the call (the registered op costs some 30
+    microseconds), and where PyTorch itself differentiates the implementation.
+    """
+    if implementation.backward is None:
+        return True
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def numba_refuses(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from i3lm.ops.dispatch import (
@@ -12,25 +13,96 @@ from i3lm.ops.dispatch import (
     accumulation_dtype,
     full_precision,
     numba_refuses,
+    runs_directly,
 )
 from i3lm.ops.state_space.reference import state_space_reference
-from i3lm.ops.state_space.scan import state_space_scan
+from i3lm.ops.state_space.scan import state_space_scan, state_space_scan_backward
 
 
-def _numba(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _numba(*inputs: Any) -> tuple[Tensor, ...]:
     from i3lm.ops.state_space.numba import state_space_numba
 
-    return state_space_numba(*arguments)
+    return state_space_numba(*inputs)
+
+
+def _numba_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    from i3lm.ops.state_space.numba import state_space_numba_backward
+
+    return state_space_numba_backward(*inputs)
 
 
 STATE_SPACE = Op(
     "state_space",
     [
-        Implementation("numba", _numba, numba_refuses),
-        Implementation("scan", state_space_scan),
+        Implementation("numba", _numba, _numba_backward, numba_refuses),
+        Implementation("scan", state_space_scan, state_space_scan_backward),
         Implementation("reference", state_space_reference),
     ],
 )
+
+
+@torch.library.custom_op("i3lm::state_space", mutates_args=())
+def _state_space(
+    x: Tensor,
+    mix: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    output, final = STATE_SPACE.named(implementation).forward(
+        x, mix, A, B, C, D, state, reset, mask
+    )
+    return output, final
+
+
+@_state_space.register_fake
+def _(x, mix, A, B, C, D, state, reset, mask, implementation):
+    return x.new_empty(x.shape), state.new_empty(state.shape)
+
+
+@torch.library.custom_op("i3lm::state_space_backward", mutates_args=())
+def _state_space_backward(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    x: Tensor,
+    mix: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (x, mix, A, B, C, D, state, reset, mask)
+    backward = STATE_SPACE.named(implementation).backward
+    assert backward is not None  # such implementations never come here
+    grads = backward(grad_output, grad_state, *inputs)
+    return grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6]
+
+
+@_state_space_backward.register_fake
+def _(grad_output, grad_state, x, mix, A, B, C, D, state, reset, mask, implementation):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, mix, A, B, C, D, state))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.implementation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad_output, grad_state):
+    inputs = (*ctx.saved_tensors, ctx.implementation)
+    return (*_state_space_backward(grad_output, grad_state, *inputs), None, None, None)
+
+
+_state_space.register_autograd(_differentiate, setup_context=_save)
 
 
 def state_space(
@@ -96,7 +168,11 @@ def state_space(
             inputs = inputs.flip(1)
             marks = [None if m is None else m.flip(1) for m in marks]
         parameters = [p.to(dtype) for p in (mix, A, B, C, D)]
-        output, state = choice.implementation.function(inputs, *parameters, state.to(dtype), *marks)
+        tensors = (inputs, *parameters, state.to(dtype), *marks)
+        if runs_directly(choice.implementation):
+            output, state = choice.implementation.forward(*tensors)
+        else:
+            output, state = _state_space(*tensors, choice.implementation.name)
         if reverse:
             output = output.flip(1)
     return output.to(x.dtype), state

@@ -145,57 +145,14 @@ def _hidden_backward(grad_states, A, reset, mask, grad_final, adjoints, grad_sta
             grad_start[b, i] = adjoint[i]
 
 
-class _StateSpace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, mix, A, B, C, D, average, hidden, reset, mask):
-        u = x @ B.T
-        before, states = torch.empty_like(u), torch.empty_like(u)
-        last_average, last_hidden = torch.empty_like(average), torch.empty_like(hidden)
-        match_threads()
-        _hidden_forward(
-            *as_arrays(u, A.T, hidden, reset, mask),
-            before.numpy(), states.numpy(), last_hidden.numpy(),
-        )  # fmt: skip
-        y = states @ C.T
-        _average_forward(
-            *as_arrays(x, mix, D, average, reset, mask), y.numpy(), last_average.numpy()
-        )
-        ctx.save_for_backward(x, mix, A, B, C, D, average, before, states, reset, mask)
-        return y, last_average, last_hidden
-
-    @staticmethod
-    def backward(ctx, grad_y, grad_average, grad_hidden):
-        x, mix, A, B, C, D, average, before, states, reset, mask = ctx.saved_tensors
-        if mask is not None:
-            grad_y = grad_y.masked_fill(~mask[..., None], 0)
-        grad_y = grad_y.contiguous()
-        adjoints, start_hidden = torch.empty_like(states), torch.empty_like(grad_hidden)
-        match_threads()
-        _hidden_backward(
-            *as_arrays(grad_y @ C, A, reset, mask, grad_hidden),
-            adjoints.numpy(), start_hidden.numpy(),
-        )  # fmt: skip
-        grad_x = adjoints @ B
-        grad_mix, grad_D = (torch.empty(x.shape[0], x.shape[2]) for _ in range(2))
-        start_average = torch.empty_like(grad_average)
-        results = (grad_x, grad_mix, grad_D, start_average)
-        _average_backward(
-            *as_arrays(x, mix, D, average, reset, mask, grad_y, grad_average),
-            *(result.numpy() for result in results),
-        )
-        flat = adjoints.flatten(0, 1)
-        return (
-            grad_x,
-            grad_mix.sum(0),
-            flat.T @ before.flatten(0, 1),
-            flat.T @ x.flatten(0, 1),
-            grad_y.flatten(0, 1).T @ states.flatten(0, 1),
-            grad_D.sum(0),
-            start_average,
-            start_hidden,
-            None,
-            None,
-        )
+def _hidden_states(
+    x: Tensor, A: Tensor, B: Tensor, hidden: Tensor, reset: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """s_{t-1} as each step finds it, s_t (both (B, T, N)), and the last s (B, N)."""
+    u = x @ B.T
+    before, states, last = torch.empty_like(u), torch.empty_like(u), torch.empty(hidden.shape)
+    _hidden_forward(*as_arrays(u, A.T, hidden, reset, mask, before, states, last))
+    return before, states, last
 
 
 def state_space_numba(
@@ -210,6 +167,51 @@ def state_space_numba(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Computes `i3lm.ops.state_space` on the CPU; as `state_space_reference` in the rest."""
-    average, hidden = (part.contiguous() for part in state.split([x.shape[2], A.shape[0]], dim=1))
-    y, average, hidden = _StateSpace.apply(x, mix, A, B, C, D, average, hidden, reset, mask)
-    return y, torch.cat([average, hidden], dim=1)
+    average, hidden = state.split([x.shape[2], A.shape[0]], dim=1)
+    last_average = torch.empty(average.shape)
+    match_threads()
+    _, states, last_hidden = _hidden_states(x, A, B, hidden, reset, mask)
+    y = states @ C.T
+    _average_forward(*as_arrays(x, mix, D, average, reset, mask, y, last_average))
+    return y, torch.cat([last_average, last_hidden], dim=1)
+
+
+def state_space_numba_backward(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    x: Tensor,
+    mix: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The gradients of x, mix, A, B, C, D and state; states are recomputed."""
+    sizes = [x.shape[2], A.shape[0]]
+    average, hidden = state.split(sizes, dim=1)
+    grad_average, grad_hidden = grad_state.split(sizes, dim=1)
+    if mask is not None:
+        grad_output = grad_output.masked_fill(~mask[..., None], 0)
+    match_threads()
+    before, states, _ = _hidden_states(x, A, B, hidden, reset, mask)
+    adjoints, start_hidden = torch.empty_like(states), torch.empty(hidden.shape)
+    _hidden_backward(
+        *as_arrays(grad_output @ C, A, reset, mask, grad_hidden, adjoints, start_hidden)
+    )
+    grad_x, start_average = adjoints @ B, torch.empty(average.shape)
+    grad_mix, grad_D = (torch.empty(x.shape[0], x.shape[2]) for _ in range(2))
+    inputs = (x, mix, D, average, reset, mask, grad_output, grad_average)
+    _average_backward(*as_arrays(*inputs, grad_x, grad_mix, grad_D, start_average))
+    flat = adjoints.flatten(0, 1)
+    return (
+        grad_x,
+        grad_mix.sum(0),
+        flat.T @ before.flatten(0, 1),
+        flat.T @ x.flatten(0, 1),
+        grad_output.flatten(0, 1).T @ states.flatten(0, 1),
+        grad_D.sum(0),
+        torch.cat([start_average, start_hidden], dim=1),
+    )

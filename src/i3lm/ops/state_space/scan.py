@@ -70,41 +70,37 @@ def _recur(F: Tensor, u: Tensor, h: Tensor, reset: Tensor | None, mask: Tensor |
     return join_chunks(torch.stack(kept, dim=2), T)
 
 
-class _LinearRecurrence(torch.autograd.Function):
-    """``h_t = F h_{t-1} + u_t``; F is a vector (a diagonal) or a matrix."""
+def _recur_backward(
+    F: Tensor,
+    grad_states: Tensor,
+    states: Tensor,
+    h: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of F, u and h, given those of `states`, the result of `_recur`."""
+    Ft = F if F.dim() == 1 else F.T.contiguous()
+    zero = torch.zeros_like(h)
+    marks = next_step_mark(reset), next_step_mark(mask)
+    adjoint = _recur(Ft, grad_states.flip(1), zero, *marks).flip(1)  # dL/dh_t, (B, T, K)
+    moved = adjoint if mask is None else adjoint.masked_fill(~mask[..., None], 0)
+    before = torch.cat([h.unsqueeze(1), states[:, :-1]], dim=1)
+    grad_h = _apply(Ft, adjoint[:, 0])
+    if mask is not None:
+        grad_h = torch.where(mask[:, :1], grad_h, adjoint[:, 0])
+    if reset is not None:
+        before = before.masked_fill(reset[..., None], 0)
+        grad_h = grad_h.masked_fill(reset[:, :1], 0)
+    if F.dim() == 1:
+        grad_F = (moved * before).sum(dim=(0, 1))
+    else:
+        grad_F = moved.flatten(0, 1).T @ before.flatten(0, 1)
+    return grad_F, moved, grad_h
 
-    @staticmethod
-    def forward(ctx, F, u, h0, reset, mask):
-        if mask is not None:
-            u = u.masked_fill(~mask[..., None], 0)
-        states = _recur(F, u, h0, reset, mask)
-        ctx.save_for_backward(F, h0, states, reset, mask)
-        return states
 
-    @staticmethod
-    def backward(ctx, grad_states):
-        F, h0, states, reset, mask = ctx.saved_tensors
-        Ft = F if F.dim() == 1 else F.T.contiguous()
-        adjoint = _recur(
-            Ft,
-            grad_states.flip(1),
-            torch.zeros_like(h0),
-            next_step_mark(reset),
-            next_step_mark(mask),
-        ).flip(1)  # dL/dh_t, (B, T, K)
-        moved = adjoint if mask is None else adjoint.masked_fill(~mask[..., None], 0)
-        before = torch.cat([h0.unsqueeze(1), states[:, :-1]], dim=1)
-        grad_h0 = _apply(Ft, adjoint[:, 0])
-        if mask is not None:
-            grad_h0 = torch.where(mask[:, :1], grad_h0, adjoint[:, 0])
-        if reset is not None:
-            before = before.masked_fill(reset[..., None], 0)
-            grad_h0 = grad_h0.masked_fill(reset[:, :1], 0)
-        if F.dim() == 1:
-            grad_F = (moved * before).sum(dim=(0, 1))
-        else:
-            grad_F = moved.flatten(0, 1).T @ before.flatten(0, 1)
-        return grad_F, moved, grad_h0, None, None
+def _hide(mask: Tensor | None, x: Tensor) -> Tensor:
+    """x (B, T, K) with padded steps set to zero."""
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
 
 
 def state_space_scan(
@@ -122,9 +118,48 @@ def state_space_scan(
     if x.shape[1] == 0:
         return torch.zeros_like(x), state.clone()
     average, hidden = state.split([x.shape[2], A.shape[0]], dim=1)
-    averages = _LinearRecurrence.apply(mix, (1 - mix) * x, average, reset, mask)
-    hiddens = _LinearRecurrence.apply(A, x @ B.T, hidden, reset, mask)
+    averages = _recur(mix, _hide(mask, (1 - mix) * x), average, reset, mask)
+    hiddens = _recur(A, _hide(mask, x @ B.T), hidden, reset, mask)
     output = hiddens @ C.T + D * averages
-    if mask is not None:
-        output = output.masked_fill(~mask[..., None], 0)
-    return output, torch.cat([averages[:, -1], hiddens[:, -1]], dim=1)
+    return _hide(mask, output), torch.cat([averages[:, -1], hiddens[:, -1]], dim=1)
+
+
+def state_space_scan_backward(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    x: Tensor,
+    mix: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The gradients of x, mix, A, B, C, D and state; states are recomputed."""
+    if x.shape[1] == 0:
+        return (*(torch.zeros_like(y) for y in (x, mix, A, B, C, D)), grad_state.clone())
+    sizes = [x.shape[2], A.shape[0]]
+    average, hidden = state.split(sizes, dim=1)
+    averages = _recur(mix, _hide(mask, (1 - mix) * x), average, reset, mask)
+    hiddens = _recur(A, _hide(mask, x @ B.T), hidden, reset, mask)
+
+    grad_output = _hide(mask, grad_output)
+    grad_averages, grad_hiddens = D * grad_output, grad_output @ C
+    grad_average, grad_hidden = grad_state.split(sizes, dim=1)
+    grad_averages[:, -1] += grad_average
+    grad_hiddens[:, -1] += grad_hidden
+    grad_mix, moved, start_average = _recur_backward(
+        mix, grad_averages, averages, average, reset, mask
+    )
+    grad_A, grad_u, start_hidden = _recur_backward(A, grad_hiddens, hiddens, hidden, reset, mask)
+    return (
+        (1 - mix) * moved + grad_u @ B,
+        grad_mix - (moved * x).sum(dim=(0, 1)),
+        grad_A,
+        grad_u.flatten(0, 1).T @ x.flatten(0, 1),
+        grad_output.flatten(0, 1).T @ hiddens.flatten(0, 1),
+        (grad_output * averages).sum(dim=(0, 1)),
+        torch.cat([start_average, start_hidden], dim=1),
+    )

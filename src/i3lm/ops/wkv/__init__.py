@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from i3lm.ops.dispatch import (
@@ -12,25 +13,93 @@ from i3lm.ops.dispatch import (
     accumulation_dtype,
     full_precision,
     numba_refuses,
+    runs_directly,
 )
 from i3lm.ops.wkv.reference import empty_state, wkv_reference
-from i3lm.ops.wkv.scan import wkv_scan
+from i3lm.ops.wkv.scan import wkv_scan, wkv_scan_backward
 
 
-def _numba(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _numba(*inputs: Any) -> tuple[Tensor, ...]:
     from i3lm.ops.wkv.numba import wkv_numba
 
-    return wkv_numba(*arguments)
+    return wkv_numba(*inputs)
+
+
+def _numba_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    from i3lm.ops.wkv.numba import wkv_numba_backward
+
+    return wkv_numba_backward(*inputs)
 
 
 WKV = Op(
     "wkv",
     [
-        Implementation("numba", _numba, numba_refuses),
-        Implementation("scan", wkv_scan),
+        Implementation("numba", _numba, _numba_backward, numba_refuses),
+        Implementation("scan", wkv_scan, wkv_scan_backward),
         Implementation("reference", wkv_reference),
     ],
 )
+
+
+@torch.library.custom_op("i3lm::wkv", mutates_args=())
+def _wkv(
+    key: Tensor,
+    value: Tensor,
+    time_decay: Tensor,
+    time_first: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    output, final = WKV.named(implementation).forward(
+        key, value, time_decay, time_first, state, reset, mask
+    )
+    return output, final
+
+
+@_wkv.register_fake
+def _(key, value, time_decay, time_first, state, reset, mask, implementation):
+    return key.new_empty(key.shape), state.new_empty(state.shape)
+
+
+@torch.library.custom_op("i3lm::wkv_backward", mutates_args=())
+def _wkv_backward(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    key: Tensor,
+    value: Tensor,
+    time_decay: Tensor,
+    time_first: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (key, value, time_decay, time_first, state, reset, mask)
+    backward = WKV.named(implementation).backward
+    assert backward is not None  # such implementations never come here
+    grads = backward(grad_output, grad_state, *inputs)
+    return grads[0], grads[1], grads[2], grads[3], grads[4]
+
+
+@_wkv_backward.register_fake
+def _(grad_output, grad_state, key, value, time_decay, time_first, state, reset, mask, name):
+    inputs = (key, value, time_decay, time_first, state)
+    return tuple(x.new_empty(x.shape) for x in inputs)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.implementation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad_output, grad_state):
+    grads = _wkv_backward(grad_output, grad_state, *ctx.saved_tensors, ctx.implementation)
+    return (*grads, None, None, None)
+
+
+_wkv.register_autograd(_differentiate, setup_context=_save)
 
 
 def wkv(
@@ -94,9 +163,11 @@ def wkv(
         if reverse:
             inputs = [x.flip(1) for x in inputs]
             marks = [None if m is None else m.flip(1) for m in marks]
-        output, state = choice.implementation.function(
-            *inputs, time_decay.to(dtype), time_first.to(dtype), state.to(dtype), *marks
-        )
+        inputs += [time_decay.to(dtype), time_first.to(dtype), state.to(dtype)]
+        if runs_directly(choice.implementation):
+            output, state = choice.implementation.forward(*inputs, *marks)
+        else:
+            output, state = _wkv(*inputs, *marks, choice.implementation.name)
         if reverse:
             output = output.flip(1)
     return output.to(value.dtype), state

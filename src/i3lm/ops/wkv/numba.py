@@ -24,7 +24,7 @@ from i3lm.ops.wkv.reference import EMPTY_EXPONENT
 
 _BLOCK = 32  # channels per task: two 512-bit vectors, and 384 bytes of state per step
 _EMPTY = np.float32(EMPTY_EXPONENT)
-_FASTEST = np.float32(-1e30)
+_FASTEST = -1e30
 _LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts, so that n * ln 2 is exact where it cancels against x (Cody and Waite).
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -171,32 +171,6 @@ def _backward(
             grad_decay[b, c], grad_first[b, c] = sum_decay[i], sum_first[i]
 
 
-class _Wkv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, key, value, time_decay, time_first, state, reset, mask):
-        ctx.save_for_backward(key, value, time_decay, time_first, state, reset, mask)
-        output = torch.empty(key.shape, dtype=key.dtype)
-        final = torch.empty(state.shape, dtype=state.dtype)
-        match_threads()
-        _forward(
-            *as_arrays(key, value, time_decay, time_first, state, reset, mask),
-            output.numpy(), final.numpy(),
-        )  # fmt: skip
-        return output, final
-
-    @staticmethod
-    def backward(ctx, grad_output, grad_final):
-        inputs = ctx.saved_tensors
-        key, state = inputs[0], inputs[4]
-        grad_key, grad_value = torch.empty(key.shape), torch.empty(key.shape)
-        grad_decay, grad_first = (torch.empty(key.shape[0], key.shape[2]) for _ in range(2))
-        grad_state = torch.empty(state.shape)
-        results = (grad_key, grad_value, grad_decay, grad_first, grad_state)
-        match_threads()
-        _backward(*as_arrays(*inputs, grad_output, grad_final), *(x.numpy() for x in results))
-        return grad_key, grad_value, grad_decay.sum(0), grad_first.sum(0), grad_state, None, None
-
-
 def wkv_numba(
     key: Tensor,
     value: Tensor,
@@ -207,5 +181,31 @@ def wkv_numba(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Computes `i3lm.ops.wkv` on the CPU; same arguments and results as `wkv_reference`."""
-    time_decay = time_decay.clamp_min(float(_FASTEST))
-    return _Wkv.apply(key, value, time_decay, time_first, state, reset, mask)
+    output, final = torch.empty(key.shape), torch.empty(state.shape)
+    match_threads()
+    time_decay = time_decay.clamp_min(_FASTEST)
+    _forward(*as_arrays(key, value, time_decay, time_first, state, reset, mask, output, final))
+    return output, final
+
+
+def wkv_numba_backward(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    key: Tensor,
+    value: Tensor,
+    time_decay: Tensor,
+    time_first: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The gradients of key, value, time_decay, time_first and state; states are recomputed."""
+    grad_key, grad_value = torch.empty(key.shape), torch.empty(key.shape)
+    grad_decay, grad_first = (torch.empty(key.shape[0], key.shape[2]) for _ in range(2))
+    grad_start = torch.empty(state.shape)
+    match_threads()
+    time_decay = time_decay.clamp_min(_FASTEST)
+    inputs = (key, value, time_decay, time_first, state, reset, mask, grad_output, grad_state)
+    results = (grad_key, grad_value, grad_decay, grad_first, grad_start)
+    _backward(*as_arrays(*inputs, *results))
+    return grad_key, grad_value, grad_decay.sum(0), grad_first.sum(0), grad_start

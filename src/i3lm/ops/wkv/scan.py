@@ -123,83 +123,17 @@ def _counts(value: Tensor, mask: Tensor | None) -> Tensor:
     return ones.expand_as(value)
 
 
+def _decay_at(time_decay: Tensor, mask: Tensor | None, t: int) -> Tensor:
+    """The log decay that step t applies: none if it is padded, (C,) or (B, C)."""
+    return time_decay if mask is None else time_decay * mask[:, t, None]
+
+
 def _hide(mask: Tensor | None, fill: float, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors (B, T, C) with padded steps set to `fill`."""
     if mask is None:
         return tensors
     padded = ~mask[..., None]
     return tuple(tensor.masked_fill(padded, fill) for tensor in tensors)
-
-
-class _Wkv(torch.autograd.Function):
-    """The op with its own backward pass, which recomputes the states instead of storing them."""
-
-    @staticmethod
-    def forward(ctx, key, value, time_decay, time_first, state, reset, mask):
-        (key,), (value,) = _hide(mask, EMPTY_EXPONENT, key), _hide(mask, 0, value)
-        ctx.save_for_backward(key, value, time_decay, time_first, state, reset, mask)
-        run = _run_forward(key, value, time_decay, time_first, state, reset, mask)
-        last = _Sums(*(part[:, -1] for part in run.before))
-        decay = time_decay if mask is None else time_decay * mask[:, -1:]
-        final = last.absorb(decay, value[:, -1], _counts(value, mask)[:, -1], key[:, -1])
-        return _hide(mask, 0, run.output)[0], torch.stack(final, dim=1)
-
-    @staticmethod
-    def backward(ctx, grad_output, grad_state):
-        key, value, time_decay, time_first, state, reset, mask = ctx.saved_tensors
-        run = _run_forward(key, value, time_decay, time_first, state, reset, mask)
-        before = run.before
-
-        # Gradients of the two sums that make the output, times e^scale.
-        (grad_num,) = _hide(mask, 0, grad_output / run.denominator)
-        grad_den = -grad_num * run.output
-
-        # In reverse time, the adjoint of the sums obeys the recurrence of the sums. Its first
-        # entry belongs to the state after the last step.
-        (exponent,) = _hide(mask, EMPTY_EXPONENT, time_first - run.scale)
-        final_scale = torch.maximum(
-            before.largest[:, -1] + (time_decay if mask is None else time_decay * mask[:, -1:]),
-            key[:, -1],
-        )
-        after = _sums_before(
-            _Sums(grad_num.flip(1), grad_den.flip(1), exponent.flip(1)),
-            time_decay,
-            _Sums(grad_state[:, 0], grad_state[:, 1], -final_scale),
-            next_step_mark(reset),
-            None if mask is None else mask.flip(1),
-        )
-        after = _Sums(*(part.flip(1) for part in after))
-
-        reach = torch.exp(key + after.largest)  # at most 1: see README.md
-        grad_value = run.now * grad_num + reach * after.num
-        grad_key = run.now * grad_num * (value - run.output) + reach * (
-            after.num * value + after.den
-        )
-        grad_value, grad_key = _hide(mask, 0, grad_value, grad_key)
-        grad_first = run.past * (before.num * grad_num + before.den * grad_den)
-        kept = torch.exp(time_decay + before.largest + after.largest)
-        (grad_decay,) = _hide(mask, 0, kept * (before.num * after.num + before.den * after.den))
-
-        first = _Sums(*(part[:, 0] for part in after)).absorb(
-            time_decay if mask is None else time_decay * mask[:, :1],
-            grad_num[:, 0],
-            grad_den[:, 0],
-            exponent[:, 0],
-        )
-        if reset is not None:
-            first = first.cleared(reset[:, :1])
-        reach = torch.exp(state[:, 2] + first.largest)
-        state_num, state_den = reach * first.num, reach * first.den
-        state_max = state[:, 0] * state_num + state[:, 1] * state_den
-        return (
-            grad_key,
-            grad_value,
-            grad_decay.sum(dim=(0, 1)),
-            grad_first.sum(dim=(0, 1)),
-            torch.stack([state_num, state_den, state_max], dim=1),
-            None,
-            None,
-        )
 
 
 def wkv_scan(
@@ -215,4 +149,72 @@ def wkv_scan(
     if key.shape[1] == 0:
         return torch.zeros_like(value), state.clone()
     time_decay = time_decay.clamp_min(FASTEST_DECAY)
-    return _Wkv.apply(key, value, time_decay, time_first, state, reset, mask)
+    key, value = _hide(mask, EMPTY_EXPONENT, key)[0], _hide(mask, 0, value)[0]
+    run = _run_forward(key, value, time_decay, time_first, state, reset, mask)
+    last = _Sums(*(part[:, -1] for part in run.before))
+    decay = _decay_at(time_decay, mask, -1)
+    final = last.absorb(decay, value[:, -1], _counts(value, mask)[:, -1], key[:, -1])
+    return _hide(mask, 0, run.output)[0], torch.stack(final, dim=1)
+
+
+def wkv_scan_backward(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    key: Tensor,
+    value: Tensor,
+    time_decay: Tensor,
+    time_first: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The gradients of key, value, time_decay, time_first and state; states are recomputed."""
+    if key.shape[1] == 0:
+        zeros = [torch.zeros_like(x) for x in (key, value, time_decay, time_first)]
+        return (*zeros, grad_state.clone())
+    time_decay = time_decay.clamp_min(FASTEST_DECAY)
+    key, value = _hide(mask, EMPTY_EXPONENT, key)[0], _hide(mask, 0, value)[0]
+    run = _run_forward(key, value, time_decay, time_first, state, reset, mask)
+    before = run.before
+
+    # Gradients of the two sums that make the output, times e^scale.
+    (grad_num,) = _hide(mask, 0, grad_output / run.denominator)
+    grad_den = -grad_num * run.output
+
+    # In reverse time, the adjoint of the sums obeys the recurrence of the sums. Its first entry
+    # belongs to the state after the last step.
+    (exponent,) = _hide(mask, EMPTY_EXPONENT, time_first - run.scale)
+    decayed = before.largest[:, -1] + _decay_at(time_decay, mask, -1)
+    final_scale = torch.maximum(decayed, key[:, -1])
+    after = _sums_before(
+        _Sums(grad_num.flip(1), grad_den.flip(1), exponent.flip(1)),
+        time_decay,
+        _Sums(grad_state[:, 0], grad_state[:, 1], -final_scale),
+        next_step_mark(reset),
+        None if mask is None else mask.flip(1),
+    )
+    after = _Sums(*(part.flip(1) for part in after))
+
+    reach = torch.exp(key + after.largest)  # at most 1: see README.md
+    grad_value = run.now * grad_num + reach * after.num
+    grad_key = run.now * grad_num * (value - run.output) + reach * (after.num * value + after.den)
+    grad_value, grad_key = _hide(mask, 0, grad_value, grad_key)
+    grad_first = run.past * (before.num * grad_num + before.den * grad_den)
+    kept = torch.exp(time_decay + before.largest + after.largest)
+    (grad_decay,) = _hide(mask, 0, kept * (before.num * after.num + before.den * after.den))
+
+    first = _Sums(*(part[:, 0] for part in after)).absorb(
+        _decay_at(time_decay, mask, 0), grad_num[:, 0], grad_den[:, 0], exponent[:, 0]
+    )
+    if reset is not None:
+        first = first.cleared(reset[:, :1])
+    reach = torch.exp(state[:, 2] + first.largest)
+    state_num, state_den = reach * first.num, reach * first.den
+    state_max = state[:, 0] * state_num + state[:, 1] * state_den
+    return (
+        grad_key,
+        grad_value,
+        grad_decay.sum(dim=(0, 1)),
+        grad_first.sum(dim=(0, 1)),
+        torch.stack([state_num, state_den, state_max], dim=1),
+    )
