@@ -53,7 +53,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
         ConfigurationError: The name is unknown.
     """
     if name not in PRECISIONS:
-        raise ConfigurationError(f"unknown precision {name!r}: use {', '.join(PRECISIONS)}")
+        raise ConfigurationError(f"unknown precision {name!r}: use auto, fp32 or bf16")
     if name == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
     return name

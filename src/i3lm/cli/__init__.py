@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 
 from i3lm import __version__
@@ -25,7 +26,17 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command that the arguments name and gives the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()  # here, so that a reader that went away is noticed here
+    except BrokenPipeError:
+        # As with other tools, `i3lm ... | head` is no error; nothing more can be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else 2

@@ -29,6 +29,7 @@ def chat(
         precision: fp32, bf16 or auto.
     """
     import dataclasses
+    import io
     import sys
 
     from transformers import TextStreamer
@@ -42,6 +43,9 @@ def chat(
     where = resolve_device(device)
     model, tokenizer = load_checkpoint(checkpoint, where)
     generator = TextGenerator(model, tokenizer, resolve_precision(precision, where))
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are not UTF-8 are then refused as a prompt, and the talk goes on.
+        sys.stdin.reconfigure(errors="surrogateescape")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     print("Type quit or exit to stop.")
     while True:
@@ -54,12 +58,13 @@ def chat(
             return
         if not line:
             continue
-        print(f"\ni3: {line}", end="", flush=True)
         try:
-            completion = generator.complete(line, options, streamer)
+            generator.encode_prompt(line)
         except GenerationError as error:
-            print(f"\n{error}", file=sys.stderr)
+            print(error, file=sys.stderr)
             continue
+        print(f"\ni3: {line}", end="", flush=True)
+        completion = generator.complete(line, options, streamer)
         print(
             f"[{completion.new_tokens} tokens in {completion.seconds:.2f} s, "
             f"{completion.tokens_per_second:.1f} tokens/s]"

@@ -43,7 +43,7 @@ def evaluate(
     from i3lm.data.split import held_out_documents
     from i3lm.data.tokens import tokenize_documents
     from i3lm.device import resolve_device, resolve_precision
-    from i3lm.errors import ConfigurationError
+    from i3lm.errors import ConfigurationError, DataError
     from i3lm.evaluation import evaluate_text
     from i3lm.inference.loading import load_checkpoint
 
@@ -66,6 +66,11 @@ def evaluate(
     if held_out_fraction < 1:
         documents = held_out_documents(documents, held_out_fraction)
     text = tokenize_documents(documents, tokenizer)
+    if text.documents == 0:
+        raise DataError(
+            f"{data}: no document falls into the held-out part with held_out_fraction "
+            f"{held_out_fraction}: give more documents or a larger fraction"
+        )
     evaluation = evaluate_text(
         model,
         text,

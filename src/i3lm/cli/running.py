@@ -27,11 +27,10 @@ def run_command(name: str, function: Callable[..., Any], arguments: list[str]) -
         function(**settings)
     except I3Error as error:
         return _fail(name, str(error), debug)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit as stop:  # how the parser ends after --help
+        return int(stop.code or 0)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"i3lm {name}: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -44,7 +43,7 @@ def print_json(content: Any) -> None:
 def _fail(name: str, message: str, debug: bool) -> int:
     if debug:
         raise
-    print(f"i3lm {name}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"i3lm {name}: error: {_one_line(message)}", file=sys.stderr)
     return 2
 
 
@@ -60,7 +59,12 @@ def _parse(name: str, function: Callable[..., Any], arguments: list[str]) -> dic
 
     parser = build_parser(name, function)
     try:
-        settings = parser.instantiate_classes(parser.parse_args(arguments))
+        settings = parser.instantiate(parser.parse_args(arguments))
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"a file given with the options is not UTF-8 text ({error.reason} at byte "
+            f"{error.start}): convert it first, for example with: iconv -f latin1 -t utf-8"
+        ) from error
     except ArgumentError as error:
         cause = _deepest(error)
         if isinstance(cause, I3Error):
@@ -93,6 +97,7 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
         formatter_class=Formatter,
         exit_on_error=False,
         default_env=False,
+        allow_abbrev=False,
     )
     if name == "train":
         parser.add_argument("--config", action="config", help="A YAML file with these options.")
@@ -117,22 +122,71 @@ def _deepest(error: BaseException) -> BaseException:
     return error
 
 
+_TYPE_NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list, such as '[first, second]'",
+    "dict": "a mapping, such as '{key: value}'",
+    "NoneType": "null",
+}
+
+
 def _clear(message: str, parser: Any) -> str:
-    """jsonargparse's message on one line in plain words, with the option that was meant."""
+    """jsonargparse's message on one line, as value, rule and way out."""
     message = re.sub(r"<class '(\w+)'>", r"\1", _one_line(message))
-    message = re.sub(r'^Parser key "([\w.]+)":', r"\1:", message)
-    unknown = re.search(
-        r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message
-    )
-    if unknown:
-        wrong = unknown[1] or unknown[2]
-        known = [action.dest for action in parser._actions]
-        by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
-        close = difflib.get_close_matches(wrong, known, n=1) or [
-            by_leaf[leaf] for leaf in difflib.get_close_matches(wrong, by_leaf, n=1)
-        ]
-        message += f"; did you mean {close[0]}?" if close else f"; see {parser.prog} --help"
+    message = re.sub(r'^Parser key "([\w.]+)": ?', r"\1: ", message)
+    help_hint = f"see {parser.prog} --help"
+    if match := re.search(r"unrecognized arguments: (\S+)", message):
+        option = match[1].partition("=")[0]
+        if not option.startswith("-"):
+            return f"unexpected argument {option!r}; {help_hint}"
+        close = _nearest(option.lstrip("-"), parser)
+        return f"unknown option {option}; " + (f"did you mean --{close}?" if close else help_hint)
+    if match := re.search(
+        r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<key>[^']+)'", message
+    ):
+        key = f"{match['group']}.{match['key']}" if match["group"] else match["key"]
+        close = _nearest(key, parser)
+        return f"unknown key {key!r}; " + (f"did you mean {close!r}?" if close else help_hint)
+    if match := re.search(r"arguments are required: (.+)", message):
+        positional = [action.dest for action in parser._actions if not action.option_strings]
+        names = [n.upper() if n in positional else f"--{n}" for n in match[1].split(", ")]
+        verb = "is" if len(names) == 1 else "are"
+        return f"{' and '.join(names)} {verb} required; {help_hint}"
+    if match := re.match(r"([\w.]+): .*?Expected .*(?:Got|Given) value: (.*)", message):
+        kinds = dict.fromkeys(re.findall(r"Expected an? (\w+)", message))
+        rule = " or ".join(_TYPE_NAMES.get(kind, kind) for kind in kinds)
+        return f"{match[1]} ({match[2]}) must be {rule}"
+    if match := re.match(r"argument (--[\w.]+): expected one argument", message):
+        return f"{match[1]} needs a value; {help_hint}"
+    if match := re.match(r"argument (--[\w.]+): ignored explicit argument '(.*)'", message):
+        return f"{match[1]} takes no value, but was given {match[2]!r}"
+    if match := re.match(r"config: (?:File does not exist|Path is not a file): '(.*?)'", message):
+        return f"{match[1]}: no such file; give the path of a YAML file with --config"
+    if match := re.match(r"([\w.]+): Unable to load config '(.*?)'", message):
+        return (
+            f"--{match[1]} ({match[2]}) must be the path of a YAML file; one option is set with "
+            f"--{match[1]}.NAME"
+        )
+    if match := re.match(r"Problems parsing config: (.*)", message):
+        reason = match[1].replace('in "<unicode string>", ', "at ")
+        return f"the file given with --config is not readable as YAML: {reason}"
+    if message.startswith("Unexpected config"):
+        return f"the file given with --config must be a mapping of options; {help_hint}"
     return message
+
+
+def _nearest(wrong: str, parser: Any) -> str | None:
+    """The option that is spelled most like a wrong one, or whose last part is."""
+    known = [action.dest for action in parser._actions]
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
+    leaf = wrong.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(wrong, known, n=1) or [
+        by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)
+    ]
+    return close[0] if close else None
 
 
 def _one_line(message: str) -> str:

@@ -37,6 +37,8 @@ def read_documents(
     Raises:
         DataError: The source is missing, empty, not UTF-8, damaged, or has no such column.
     """
+    if size is not None and size < 1:
+        raise DataError(f"size ({size}) must be at least 1 document; leave it out for all")
     count = 0
     for document in _open(source, text_column, split, seed, size):
         if document.strip():
@@ -83,6 +85,8 @@ def _decoded_lines(path: Path) -> Iterator[str]:
             f"{path}: is not UTF-8 (byte 0x{byte:02x} cannot be decoded); convert it first, for "
             "example with: iconv -f latin1 -t utf-8"
         ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file") from error
 
 
 def _read_text(path: Path, text_column: str) -> Iterator[str]:
@@ -130,13 +134,18 @@ def _read_json_lines(path: Path, text_column: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: is not JSON ({error.msg})") from error
+            raise DataError(
+                f"{path}, line {number}: is not JSON ({error.msg}); each line must be an object "
+                f"with a {text_column!r} field"
+            ) from error
         yield _text_of(record, text_column, where=f"{path}, line {number}")
 
 
 def _text_of(record: object, text_column: str, *, where: str) -> str:
     if not isinstance(record, dict):
-        raise DataError(f"{where}: is not an object with a {text_column!r} field")
+        raise DataError(
+            f"{where}: holds {type(record).__name__}, not an object with a {text_column!r} field"
+        )
     text = record.get(text_column)
     if not isinstance(text, str):
         columns = ", ".join(map(str, record)) or "none"

@@ -53,7 +53,7 @@ def evaluate_text(
     """Gives the model's loss on every token of a text but the first.
 
     The stream is read in rows of `context_length` tokens that do not overlap, each from an empty
-    state, so a token sees at most `context_length - 1` tokens before it and the figure is an
+    state, so a token sees at most `context_length` tokens before it and the figure is an
     upper bound. The last row may be shorter.
 
     Args:
@@ -67,7 +67,10 @@ def evaluate_text(
         DataError: The text has fewer than two tokens.
     """
     if len(text.tokens) < 2 or text.bytes == 0:
-        raise DataError("the text is too short to evaluate on: it needs at least two tokens")
+        raise DataError(
+            f"the text has {text.bytes:,} bytes in {len(text.tokens):,} tokens, too few to "
+            "evaluate on: give at least one document, two tokens with its separator"
+        )
     device = next(model.parameters()).device
     autocast = (
         torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -97,8 +97,16 @@ class TextGenerator:
         """The ids that the model reads for a prompt, which it takes as the start of a document.
 
         Raises:
-            GenerationError: The prompt has no tokens, or more than the model's context.
+            GenerationError: The prompt has no tokens, more than the model's context, or bytes
+                that are not UTF-8.
         """
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise GenerationError(
+                f"the prompt is not UTF-8 text (character {error.start + 1} cannot be encoded): "
+                "set the terminal to UTF-8, or leave that character out"
+            ) from error
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         if self.tokenizer.eos_token_id is not None:
             ids = [self.tokenizer.eos_token_id, *ids]  # as between documents in training

@@ -55,8 +55,10 @@ class CausalSelfAttention(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if store is not None:
             key, value = store(key, value)
-        # One new token may see everything, so only a longer call needs the causal rule.
-        is_causal = mask is None and T > 1
+        S = key.shape[2]
+        if mask is None and 1 < T < S:  # new tokens after stored ones: causal from the far end
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        is_causal = mask is None and T > 1  # one new token may see everything
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal
         )

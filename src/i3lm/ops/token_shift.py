@@ -21,7 +21,8 @@ def token_shift(
     Args:
         inputs: Vectors of the tokens, shape (B, T, C).
         state: The vector of the last real token seen before, shape (B, C).
-        reset: Document starts, bool, shape (B, T); such a token sees zero before it.
+        reset: Document starts, bool, shape (B, T), at real tokens; such a token sees zero before
+            it.
         mask: True at real tokens, bool, shape (B, T). A padded token is never anyone's
             previous token.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -15,10 +16,16 @@ from i3lm.data.sources import read_documents
 from i3lm.data.split import held_out_documents, training_documents
 from i3lm.data.tokens import TokenizedText, tokenize_documents
 from i3lm.device import seed_everything
-from i3lm.errors import ConfigurationError, DataError
+from i3lm.errors import ConfigurationError, DataError, OutputError
 from i3lm.inference.loading import check_tokenizer_fits, find_checkpoint, load_model
-from i3lm.presets import Preset, load_preset
-from i3lm.tokenizers import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from i3lm.presets import Preset, list_presets, load_preset, make_config
+from i3lm.tokenizers import (
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_character_tokenizer,
+    train_tokenizer,
+)
+from i3lm.training.checkpoints import write_folder
 from i3lm.training.options import DataOptions, ModelOptions, TokenizerOptions
 
 TRAINABLE = ("bpe", "chunk", "character")
@@ -39,8 +46,10 @@ def resolve_start(options: ModelOptions) -> Starting:
         ConfigurationError, CheckpointError: There is none, or the options contradict each other.
     """
     if options.source is None:
+        make_config(options.config, where="model.config")
         return Starting(Preset("new model", model=options.config), None)
-    if Path(options.source).is_dir():
+    # A preset's name means the preset, whatever lies in the working folder.
+    if options.source not in list_presets() and Path(options.source).is_dir():
         if options.config:
             raise ConfigurationError(
                 f"model.config ({', '.join(options.config)}) cannot change the checkpoint "
@@ -52,7 +61,10 @@ def resolve_start(options: ModelOptions) -> Starting:
     preset = Preset(
         preset.name, preset.description, preset.tokenizer, preset.lowercase, model=merged
     )
-    preset.config()  # refuse a bad configuration before any text is read
+    # A bad configuration is refused before any text is read.
+    make_config(
+        merged, where=f"{options.source} with model.config" if options.config else options.source
+    )
     return Starting(preset, None)
 
 
@@ -75,7 +87,19 @@ def make_tokenizer(
         str(start.checkpoint) if start.checkpoint is not None else start.preset.tokenizer
     )
     if source not in TRAINABLE:
+        for name in ("vocab_size", "lowercase"):
+            if getattr(options, name) is not None:
+                raise ConfigurationError(
+                    f"tokenizer.{name} ({getattr(options, name)}) cannot change the tokenizer "
+                    f"{source}: leave it out, or train one with tokenizer.source "
+                    f"{', '.join(TRAINABLE)}"
+                )
         return load_tokenizer(source)
+    if options.lowercase is not None and source != "character":
+        raise ConfigurationError(
+            f"tokenizer.lowercase ({options.lowercase}) applies to the character tokenizer, not "
+            f"to {source}: leave it out"
+        )
     size = options.vocab_size
     if size is None and source == "bpe":
         size = start.preset.config().vocab_size if start.checkpoint is None else 32_000
@@ -86,12 +110,14 @@ def make_tokenizer(
     if cacheable and (folder / "tokenizer.json").exists():
         return load_tokenizer(folder)
     texts = training_documents(documents(data), data.held_out_fraction)
-    settings = {"lowercase": True} if source == "character" and lowercase else {}
-    tokenizer = train_tokenizer(source, texts, vocab_size=size, **settings)
+    if source == "character" and size is None:
+        tokenizer = train_character_tokenizer(texts, lowercase=lowercase)
+    else:
+        tokenizer = train_tokenizer(source, texts, vocab_size=size)
     if cacheable:
-        from i3lm.training.checkpoints import write_folder
-
-        write_folder(folder, lambda part: tokenizer.save_pretrained(part))
+        # Without the cache the next run takes a little longer; that is no reason to stop this one.
+        with contextlib.suppress(OutputError):
+            write_folder(folder, lambda part: tokenizer.save_pretrained(part))
     return tokenizer
 
 

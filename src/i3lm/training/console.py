@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from i3lm.inference import SamplingOptions, TextGenerator
+from i3lm.training.checkpoints import read_records, write_records
 from i3lm.training.metrics import StepTimer
 
 
@@ -73,8 +74,8 @@ class RunConsole(TrainerCallback):
                 f"step {state.global_step:>6}  {held_out_line(metrics)}", highlight=False
             )
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Takes the bar away."""
+    def close(self) -> None:
+        """Stops the bar and gives the cursor back, also after an error or an interrupt."""
         self.bar.stop()
 
 
@@ -102,6 +103,7 @@ class SampleWriter(TrainerCallback):
         prompt: The text to continue.
         options: How to draw.
         every: Steps between samples; 0 means never.
+        resume_step: The step that the run resumes from; later samples are dropped from the file.
     """
 
     def __init__(
@@ -112,9 +114,12 @@ class SampleWriter(TrainerCallback):
         prompt: str,
         options: SamplingOptions,
         every: int,
+        resume_step: int = 0,
     ) -> None:
         self.console, self.path, self.generator = console, path, generator
         self.prompt, self.options, self.every = prompt, options, every
+        if resume_step and path.exists():
+            write_records(path, read_records(path, resume_step))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Writes a sample where one is due."""

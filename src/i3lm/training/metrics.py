@@ -11,6 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from i3lm.errors import ConfigurationError
+from i3lm.training.checkpoints import read_records, write_records
+
 
 class PerplexityTracker:
     """Training perplexity in the four ways that the original reports.
@@ -87,15 +90,11 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, timer: StepTimer, resume_step: int = 0) -> None:
         self.path, self.timer, self.tracker = path, timer, PerplexityTracker()
-        kept: list[str] = []
-        if resume_step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
-                if record["step"] <= resume_step:
-                    kept.append(line)
-                    if "loss" in record:
-                        self.tracker.update(record["loss"])
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        records = read_records(path, resume_step) if resume_step else []
+        for record in records:
+            if "loss" in record:
+                self.tracker.update(record["loss"])
+        write_records(path, records)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Starts the clock."""
@@ -113,11 +112,22 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes one line."""
+        """Writes one line.
+
+        Raises:
+            ConfigurationError: The loss is no longer a number.
+        """
         logs = dict(logs or {})
+        logs.pop("num_input_tokens_seen", None)
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise ConfigurationError(
+                    f"the loss is {logs['loss']} at step {state.global_step}: the run has "
+                    f"diverged; begin another with a training.learning_rate below "
+                    f"{args.learning_rate:g}"
+                )
             logs |= self.tracker.update(logs["loss"])
-            logs["tokens"] = state.global_step * self.timer.tokens_per_step
+            logs["tokens"] = int(state.num_input_tokens_seen)
             logs["tokens_per_second"] = round(self.timer.tokens_per_second, 1)
             logs["step_seconds"] = round(self.timer.step_seconds, 5)
         elif "eval_loss" not in logs:

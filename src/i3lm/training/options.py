@@ -22,7 +22,7 @@ class ModelOptions:
         source: A preset (see `i3lm models`), the path of a preset in YAML, or the folder of a
             checkpoint, which is then fine-tuned. Without it, `config` describes a new model.
         config: Configuration fields that override the preset's, or describe a model of their
-            own, for example hidden_size and layer_types.
+            own, for example --model.config.hidden_size 256.
     """
 
     source: str | None = None
@@ -36,8 +36,9 @@ class TokenizerOptions:
     Args:
         source: bpe, chunk or character to train one on the data; or the path or Hub name of one
             that exists. By default the preset's kind, or the checkpoint's own tokenizer.
-        vocab_size: Size of a BPE vocabulary, or the most chunks; by default the model's
-            vocab_size. The model's vocabulary always follows the tokenizer that came out.
+        vocab_size: Size of a BPE vocabulary, by default the model's vocab_size; or the most
+            chunks, by default all. The model's vocabulary always follows the tokenizer that came
+            out.
         lowercase: Whether a character tokenizer lower-cases its text; by default as the preset
             says.
     """
@@ -81,7 +82,7 @@ class TrainingOptions:
 
     Args:
         max_steps: Optimizer steps. Give this or epochs.
-        epochs: Passes over the training text, in place of max_steps.
+        epochs: Passes over the training text, in place of max_steps; one pass if neither is given.
         batch_size: Rows per forward pass.
         gradient_accumulation_steps: Forward passes per optimizer step.
         context_length: Tokens per row; by default the model's context.
@@ -126,10 +127,8 @@ class TrainingOptions:
         if self.max_steps is not None and self.epochs is not None:
             raise ConfigurationError(
                 f"training.max_steps ({self.max_steps}) and training.epochs ({self.epochs}) "
-                "exclude each other: give one"
+                "exclude each other: give one, or set the other to null"
             )
-        if self.max_steps is None and self.epochs is None:
-            self.epochs = 1.0
         counts = (
             "batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every",
             "save_every", "keep_checkpoints",
@@ -177,3 +176,13 @@ class SampleOptions:
     max_new_tokens: int = 80
     temperature: float = 0.8
     top_k: int = 50
+
+    def __post_init__(self) -> None:
+        _require((
+            ("sample.every", self.every, self.every >= 0, "must be 0 (only at the end) or above"),
+            ("sample.max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1,
+             "must be at least 1"),
+            ("sample.temperature", self.temperature, self.temperature >= 0,
+             "must be 0 (always the likeliest) or above"),
+            ("sample.top_k", self.top_k, self.top_k >= 0, "must be 0 (all tokens) or above"),
+        ))  # fmt: skip

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
 from i3lm.data.tokens import ContiguousRows
 from i3lm.device import resolve_device, resolve_precision, seed_everything
@@ -22,8 +22,10 @@ from i3lm.training.build import make_model, make_texts, make_tokenizer, resolve_
 from i3lm.training.checkpoints import (
     CONFIG_FILE,
     METRICS_FILE,
+    SAMPLES_FILE,
     as_output_error,
     latest_checkpoint,
+    write_file,
     write_folder,
 )
 from i3lm.training.console import RunConsole, SampleWriter
@@ -117,9 +119,10 @@ def run_training(
     )
 
     checkpoint = _prepare_folder(output, options, resume=resume)
-    step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    batch = training.batch_size * training.gradient_accumulation_steps
+    step = _step(checkpoint) if checkpoint else 0
+    batch = min(training.batch_size, len(rows)) * training.gradient_accumulation_steps
     timer = StepTimer(batch * context)
+    progress = RunConsole(console, timer)
 
     def save(folder: Path, facts: dict[str, str]) -> None:
         model.save_pretrained(folder)
@@ -130,34 +133,40 @@ def run_training(
     callbacks = [
         MetricsFile(output / METRICS_FILE, timer, resume_step=step),
         keeper,
-        RunConsole(console, timer),
+        progress,
     ]
     if options.sample.prompts:
         callbacks.append(
             SampleWriter(
                 console,
-                output / "samples.jsonl",
+                output / SAMPLES_FILE,
                 generator,
                 options.sample.prompts[0],
                 draws,
                 options.sample.every,
+                resume_step=step,
             )
         )
     seed_everything(training.seed)
     trainer = I3Trainer(
         model=model,
-        args=_training_arguments(output, training, precision, device.type, len(rows)),
+        args=_training_arguments(
+            output, training, precision, device.type, len(rows), resumed=checkpoint is not None
+        ),
         train_dataset=rows,
         held_out=texts.held_out,
         context_length=context,
-        processing_class=tokenizer,
+        data_collator=default_data_collator,
         callbacks=callbacks,
     )
     _silence_stock_console(trainer)
     if checkpoint is not None:
-        console.print(f"resuming from {checkpoint}", highlight=False)
+        console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            progress.close()
         steps = trainer.state.global_step
         after = trainer.evaluate() if keeper.evaluated_step != steps else keeper.latest
         write_folder(output / "last", lambda part: save(part, _facts(after, steps)))
@@ -173,7 +182,7 @@ def run_training(
         output=output,
         parameters=parameters,
         steps=steps,
-        tokens=steps * timer.tokens_per_step,
+        tokens=int(trainer.state.num_input_tokens_seen),
         before={key.removeprefix("eval_"): before[key] for key in keys},
         after={key.removeprefix("eval_"): after[key] for key in keys},
         samples=samples,
@@ -228,19 +237,23 @@ def _check_output(output: Path, options: RunOptions, *, resume: bool, overwrite:
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: is a file; give a folder")
     existing = next((p for p in (output, *output.parents) if p.exists()), Path())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass  # only trying tells: permission bits say nothing of a read-only file system
+    except OSError as error:
         raise OutputError(
-            f"{output}: cannot be written: {existing} is not a folder that you may write to"
-        )
+            f"{output}: cannot be written: nothing can be created in {existing} "
+            f"({error.strerror}); give another folder"
+        ) from error
     if output.is_dir() and any(output.iterdir()):
-        if not (output / CONFIG_FILE).is_file():
+        if _saved_options(output) is None:
             raise OutputError(f"{output}: is not empty and holds no run of i3lm; give a new folder")
         if resume:
             _check_same_run(output, options)
         elif not overwrite:
             raise OutputError(
-                f"{output}: already holds a run; go on with --resume, replace it with "
-                "--overwrite, or give another --output"
+                f"{output}: already holds a run; replace it with --overwrite, give another "
+                "--output, or go on with it: i3lm train --resume"
             )
     elif resume:
         raise OutputError(f"{output}: holds no run to resume; leave --resume out to begin one")
@@ -248,16 +261,26 @@ def _check_output(output: Path, options: RunOptions, *, resume: bool, overwrite:
 
 def _check_same_run(output: Path, options: RunOptions) -> None:
     """Refuses to resume with options that would make it another run."""
-    saved = yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8"))
-    now = dataclasses.asdict(options)
+    saved, now = _saved_options(output) or {}, dataclasses.asdict(options)
     for group in ("model", "tokenizer", "data", "training"):
         for key, value in now[group].items():
-            before = saved.get(group, {}).get(key)
+            before = saved[group].get(key)
             if before != value and (group, key) not in _MAY_CHANGE:
                 raise ConfigurationError(
                     f"{output}: the run was begun with {group}.{key} {before!r}, now it is "
                     f"{value!r}: resume with the same options, or begin another run"
                 )
+
+
+def _saved_options(output: Path) -> dict[str, Any] | None:
+    """The options of the run that a folder holds, or None if it holds no run."""
+    try:
+        saved = yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    groups = [field.name for field in dataclasses.fields(RunOptions)]
+    is_run = isinstance(saved, dict) and all(isinstance(saved.get(g), dict) for g in groups)
+    return saved if is_run else None
 
 
 _MAY_CHANGE = {
@@ -268,19 +291,45 @@ _MAY_CHANGE = {
 
 def _prepare_folder(output: Path, options: RunOptions, *, resume: bool) -> Path | None:
     """Makes the run's folder and gives the checkpoint to resume from, if any."""
+    checkpoints = output / "checkpoints"
+    newest = latest_checkpoint(checkpoints) if resume else None
     try:
-        if not resume and output.exists():
-            shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False, allow_unicode=True)
-        (output / CONFIG_FILE).write_text(text, encoding="utf-8")
+        if not resume:
+            _remove_run(output)
+        # Checkpoints beyond the newest complete one were cut short, and would count as kept ones.
+        for path in checkpoints.glob("checkpoint-[0-9]*"):
+            if newest is None or _step(path) > _step(newest):
+                shutil.rmtree(path)
     except OSError as error:
         raise as_output_error(output, error) or error from error
-    return latest_checkpoint(output / "checkpoints") if resume else None
+    text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False, allow_unicode=True)
+    write_file(output / CONFIG_FILE, text)
+    return newest
+
+
+def _remove_run(output: Path) -> None:
+    """Removes what a run writes, and nothing else that lies in its folder."""
+    for name in ("best", "last", "checkpoints"):
+        for folder in (output / name, output / f"{name}.part", output / f"{name}.old"):
+            if folder.exists():
+                shutil.rmtree(folder)
+    for name in (CONFIG_FILE, METRICS_FILE, SAMPLES_FILE):
+        (output / name).unlink(missing_ok=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _training_arguments(
-    output: Path, training: TrainingOptions, precision: str, device: str, rows: int
+    output: Path,
+    training: TrainingOptions,
+    precision: str,
+    device: str,
+    rows: int,
+    *,
+    resumed: bool,
 ) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(output / "checkpoints"),
@@ -307,7 +356,10 @@ def _training_arguments(
         logging_first_step=True,
         eval_strategy="steps",
         eval_steps=training.evaluate_every,
-        eval_on_start=True,
+        eval_on_start=not resumed,
+        # It would put an old loss in the place of one that is not a number.
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
         save_strategy="steps",
         save_steps=training.save_every,
         save_total_limit=training.keep_checkpoints,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +14,9 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from i3lm.data.tokens import TokenizedText
+from i3lm.errors import CheckpointError
 from i3lm.evaluation import Evaluation, evaluate_text
+from i3lm.models.i3 import I3PreTrainedModel
 from i3lm.training.optimizers import parameter_groups
 
 
@@ -48,8 +54,17 @@ class I3Trainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean negative log-likelihood of the labels, in nats per token."""
+        labels = inputs["labels"]
+        if isinstance(self.model, I3PreTrainedModel):
+            outputs = model(
+                input_ids=inputs["input_ids"],
+                shift_labels=labels,
+                skip_logits=not return_outputs,
+                use_cache=False,
+            )
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
-        loss = F.cross_entropy(outputs.logits.flatten(0, 1).float(), inputs["labels"].flatten())
+        loss = F.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten())
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -84,3 +99,44 @@ class I3Trainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, *args, **kwargs)
+        # A resumed state brings its old intervals; those of the arguments count.
+        self.state.compute_steps(self.args, max_steps)
+        return position
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Saves what a resumed run needs; what could not be finished is removed."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except BaseException:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Turns whatever goes wrong while a checkpoint is read into a CheckpointError."""
+    try:
+        yield
+    except Exception as error:  # safetensors, torch, pickle and zip each raise their own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{checkpoint}: the checkpoint cannot be resumed from; it is damaged or of another "
+            f"model ({reason[0][:200].rstrip('.')}); remove this folder to resume from the one "
+            "before it"
+        ) from error

@@ -31,6 +31,11 @@ class I3Cache(DynamicCache):
         """The number of tokens seen so far."""
         return super().get_seq_length(layer_idx) if self._has_attention else self._seen_tokens
 
+    @property
+    def is_compileable(self) -> bool:
+        """False: states are replaced as they grow, and `generate` must pass plain masks."""
+        return False
+
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -34,6 +34,7 @@ from i3lm.models.i3.cache_i3 import (
 )
 from i3lm.models.i3.configuration_i3 import I3Config
 from i3lm.models.i3.initialization_i3 import initialize_original, initialize_rwkv
+from i3lm.ops import linear_cross_entropy
 
 
 class I3DecoderLayer(GradientCheckpointingLayer):
@@ -137,6 +138,11 @@ class I3PreTrainedModel(PreTrainedModel):
                 len(self.config.layer_types or ()),
             )
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside transformers, modules without parameters of their own are passed over;
+        # a layer is one, and its initialisation depends on where it stands.
+        super()._initialize_weights(module, is_custom_code=False)
+
 
 class I3Model(I3PreTrainedModel):
     """Token and position embeddings, the layers, and the last LayerNorm."""
@@ -193,23 +199,23 @@ class I3Model(I3PreTrainedModel):
             position_ids = self._positions(attention_mask, seen, T, inputs_embeds.device)
             self._check_length(seen + T, attention_mask)
 
-        mask_arguments = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-        }
-        padding_mask = create_recurrent_attention_mask(**mask_arguments)
+        padding_mask = self._padding_mask(attention_mask, T)
         causal_mask = None
         if any(kind != "linear_attention" for kind in self.config.layer_types or ()):
-            causal_mask = create_causal_mask(**mask_arguments, position_ids=None)
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=None,
+            )
 
         hidden_states = inputs_embeds + self.embed_positions(position_ids)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 causal_mask=causal_mask,
-                padding_mask=None if padding_mask is None else padding_mask.bool(),
+                padding_mask=padding_mask,
                 past_key_values=past_key_values,
             )
         if isinstance(past_key_values, I3Cache):
@@ -217,6 +223,13 @@ class I3Model(I3PreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _padding_mask(self, attention_mask: Tensor | None, T: int) -> Tensor | None:
+        """True at real tokens, bool, (B, T); None where nothing is padded."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            return None
+        mask = attention_mask[:, -T:].bool()
+        return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
 
     def _positions(
         self, attention_mask: Tensor | None, seen: int, T: int, device: torch.device
@@ -239,8 +252,9 @@ class I3Model(I3PreTrainedModel):
 
     def _check_length(self, length: int, attention_mask: Tensor | None) -> None:
         limit = self.config.max_position_embeddings
-        padded = attention_mask is not None and attention_mask.dim() == 2
-        if length > limit and not padded:
+        if length > limit and attention_mask is not None and attention_mask.dim() == 2:
+            length = int(attention_mask.sum(dim=1).max())  # padding takes no position
+        if length > limit:
             raise ValueError(
                 f"{length} tokens are more than max_position_embeddings ({limit}) allows: give "
                 "at most that many, or let generate() slide its window"
@@ -272,7 +286,9 @@ class I3ForCausalLM(I3PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        shift_labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Gives logits (B, T, V), and the mean loss in nats per token where labels are given.
@@ -280,7 +296,10 @@ class I3ForCausalLM(I3PreTrainedModel, GenerationMixin):
         Args:
             labels: Token ids to predict, shape (B, T), shifted inside: labels equal to
                 `input_ids` train next-token prediction. -100 is ignored.
+            shift_labels: Labels that are one step ahead already, shape (B, T); they come first.
             logits_to_keep: Compute logits only for this many last positions; 0 means all.
+            skip_logits: Give the loss alone, computed piece by piece, so that the logits of the
+                whole batch never exist.
 
         The other arguments are those of `I3Model.forward`.
         """
@@ -294,12 +313,22 @@ class I3ForCausalLM(I3PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        if skip_logits:
+            return CausalLMOutputWithPast(
+                loss=self._loss_in_pieces(hidden_states, labels, shift_labels),
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states,
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept])
         loss = None
-        if labels is not None:
+        if labels is not None or shift_labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                shift_labels=shift_labels,
+                **kwargs,
             )
         return CausalLMOutputWithPast(
             loss=loss,
@@ -308,6 +337,21 @@ class I3ForCausalLM(I3PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss_in_pieces(
+        self, hidden_states: Tensor, labels: Tensor | None, shift_labels: Tensor | None
+    ) -> Tensor:
+        if shift_labels is None:
+            if labels is None:
+                raise ValueError("skip_logits leaves only the loss: give labels or shift_labels")
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        head: Any = self.lm_head
+        hidden = hidden_states.flatten(0, 1)
+        if isinstance(head, LowRankLinear):
+            hidden, weight = nn.functional.linear(hidden, head.lora_B), head.lora_A
+        else:
+            weight = head.weight
+        return linear_cross_entropy(hidden, weight, head.bias, shift_labels.flatten())
 
     def prepare_inputs_for_generation(
         self,

@@ -99,7 +99,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad_output, grad_state):
     inputs = (*ctx.saved_tensors, ctx.implementation)
-    return (*_state_space_backward(grad_output, grad_state, *inputs), None, None, None)
+    with full_precision(grad_output.device):  # a backward pass may run inside autocast too
+        grads = _state_space_backward(grad_output, grad_state, *inputs)
+    return (*grads, None, None, None)
 
 
 _state_space.register_autograd(_differentiate, setup_context=_save)

@@ -95,7 +95,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_output, grad_state):
-    grads = _wkv_backward(grad_output, grad_state, *ctx.saved_tensors, ctx.implementation)
+    inputs = (*ctx.saved_tensors, ctx.implementation)
+    with full_precision(grad_output.device):  # a backward pass may run inside autocast too
+        grads = _wkv_backward(grad_output, grad_state, *inputs)
     return (*grads, None, None, None)
 
 
