@@ -32,5 +32,9 @@ class OutputError(I3Error):
     """A result that cannot be written where it was asked for."""
 
 
+class KernelError(I3Error):
+    """An op that has no fast implementation here, or one that computes wrongly."""
+
+
 class GenerationError(I3Error, ValueError):
     """A prompt or sampling setting that generation cannot follow."""

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "loss, perplexity and bits per byte on a text",
     "convert": "turn a checkpoint of open-i3 into one of ours",
     "models": "list the members of the family",
+    "doctor": "what this machine has, which kernels run, and whether they are right",
     "quickstart": "train a small model in minutes and see what it learned",
 }
 

@@ -129,10 +129,9 @@ def run_training(
         tokenizer.save_pretrained(folder)
         write_model_card(folder, model.config, parameters, facts)
 
-    keeper = BestKeeper(output / "best", save)
     callbacks = [
         MetricsFile(output / METRICS_FILE, timer, resume_step=step),
-        keeper,
+        BestKeeper(output / "best", save),
         progress,
     ]
     if options.sample.prompts:
@@ -168,7 +167,8 @@ def run_training(
         finally:
             progress.close()
         steps = trainer.state.global_step
-        after = trainer.evaluate() if keeper.evaluated_step != steps else keeper.latest
+        history = [record for record in trainer.state.log_history if "eval_loss" in record]
+        before, after = history[0], history[-1]  # the Trainer evaluates after the last step
         write_folder(output / "last", lambda part: save(part, _facts(after, steps)))
         samples = [
             {"prompt": prompt, "text": generator.complete(prompt, draws).text}
@@ -176,7 +176,6 @@ def run_training(
         ]
     except Exception as error:
         raise as_output_error(output, error) or error from error
-    before = next((r for r in trainer.state.log_history if "eval_loss" in r), after)
     keys = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
     return RunResult(
         output=output,
@@ -195,8 +194,6 @@ class BestKeeper(TrainerCallback):
     def __init__(self, folder: Path, save: Any) -> None:
         self.folder, self.save = folder, save
         self.best = float("inf")
-        self.evaluated_step = -1
-        self.latest: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Takes the best so far from the record of a resumed run."""
@@ -204,11 +201,10 @@ class BestKeeper(TrainerCallback):
         self.best = min(losses, default=self.best)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        """Saves the model if it is the best yet."""
-        self.latest, self.evaluated_step = dict(metrics or {}), state.global_step
-        if state.global_step and self.latest and self.latest["eval_loss"] < self.best:
-            self.best = self.latest["eval_loss"]
-            facts = _facts(self.latest, state.global_step)
+        """Saves the model if it is the best yet, the untrained one left out."""
+        if state.global_step and metrics and metrics["eval_loss"] < self.best:
+            self.best = metrics["eval_loss"]
+            facts = _facts(metrics, state.global_step)
             write_folder(self.folder, lambda part: self.save(part, facts))
 
 

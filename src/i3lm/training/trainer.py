@@ -106,6 +106,13 @@ class I3Trainer(Trainer):
         self.state.compute_steps(self.args, max_steps)
         return position
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # A resumed run that was at its end already would take one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Saves what a resumed run needs; what could not be finished is removed."""
         try:

@@ -1,0 +1,221 @@
+"""Times whole training steps of a preset, beside the original and beside a peer.
+
+    python benchmarks/training_step.py --preset i3-80m --original PATH_OF_OPEN_I3 --peer gpt2
+
+A step is forward, loss, backward, clipping and AdamW. The contestants take turns in one process.
+Before timing, the loss and gradient norm of our step are held against those of the same weights
+with reference kernels and the plain loss. Peak memory comes from one process per contestant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measuring import median_ratio, report, summary, time_alternating
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from i3lm.ops.dispatch import use_implementation
+from i3lm.planning import count_parameters
+from i3lm.presets import load_preset
+from i3lm.training.optimizers import parameter_groups
+
+
+class Step:
+    """One contestant: a model, its optimizer, and a fixed batch.
+
+    Args:
+        model: The model in training mode.
+        loss: Gives the loss of a batch.
+        precision: ``fp32`` or ``bf16`` (autocast).
+        groups: Parameter groups for AdamW.
+        fused: Whether to use the fused AdamW.
+    """
+
+    def __init__(self, model, loss: Callable, precision: str, groups, fused: bool) -> None:
+        self.model, self.loss, self.precision = model, loss, precision
+        self.optimizer = torch.optim.AdamW(groups, lr=3e-4, fused=fused)
+
+    def __call__(self) -> tuple[float, float]:
+        """Runs a step; gives its loss and gradient norm."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = self.loss()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item(), norm.item()
+
+
+def batch_of(config, batch: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A fixed random batch: ids and the ids one step ahead, (B, T)."""
+    draw = torch.Generator().manual_seed(1)
+    rows = torch.randint(0, config.vocab_size, (batch, context + 1), generator=draw)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def ours(options) -> Step:
+    """Our step, as the trainer runs it."""
+    torch.manual_seed(0)
+    config = load_preset(options.preset).config(max_position_embeddings=options.context)
+    model = AutoModelForCausalLM.from_config(config).train()
+    ids, labels = batch_of(config, options.batch, options.context)
+    return Step(
+        model,
+        lambda: model(input_ids=ids, shift_labels=labels, skip_logits=True, use_cache=False).loss,
+        options.precision,
+        parameter_groups(model, 0.1),
+        fused=True,
+    )
+
+
+def check(options) -> None:
+    """Refuses to time a step whose loss or gradient norm is wrong."""
+    fast = ours(options)
+    plain = ours(options)
+    ids, labels = batch_of(fast.model.config, options.batch, options.context)
+
+    def plain_loss() -> torch.Tensor:
+        logits = plain.model(input_ids=ids, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    plain.loss = plain_loss
+    with use_implementation(wkv="reference", state_space="reference"):
+        expected = plain()
+    got = fast()
+    tolerance = 2e-2 if options.precision == "bf16" else 1e-4
+    for name, a, b in zip(("loss", "gradient norm"), got, expected, strict=True):
+        if abs(a - b) > tolerance * abs(b):
+            raise SystemExit(f"{name} {a} differs from the reference's {b}: not timed")
+    print(f"checked: loss {got[0]:.5f} (reference {expected[0]:.5f}), "
+          f"gradient norm {got[1]:.5f} ({expected[1]:.5f})")  # fmt: skip
+
+
+def original(options) -> Step:
+    """The step of open-i3 itself, from a checkout, in its own model code."""
+    config = load_preset(options.preset).config(max_position_embeddings=options.context)
+    kind = "80m" if config.recurrence == "state_space" else "200m"
+    path = Path(options.original) / "src" / "text-generators" / kind / "train.py"
+    # Its scripts import a tracker at the top that training steps do not use.
+    sys.modules.setdefault("wandb", types.ModuleType("wandb"))
+    spec = importlib.util.spec_from_file_location(f"open_i3_{kind}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": config.vocab_size, "d_model": config.hidden_size,
+        "n_heads": config.num_attention_heads, "max_seq_len": options.context,
+    }  # fmt: skip
+    if kind == "80m":
+        model = module.i3Model(**shape, d_state=config.state_size)
+    else:
+        model = module.i3HybridModel(**shape)
+    model.train()
+    ids, labels = batch_of(config, options.batch, options.context)
+    return Step(
+        model, lambda: model(ids, labels)[1], options.precision, model.parameters(), fused=False
+    )
+
+
+def peer(options) -> Step:
+    """A GPT-2 of transformers with equal width, depth, heads and vocabulary."""
+    config = load_preset(options.preset).config(max_position_embeddings=options.context)
+    torch.manual_seed(0)
+    shape = GPT2Config(
+        vocab_size=config.vocab_size, n_embd=config.hidden_size, n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads, n_positions=options.context, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    print(f"peer: GPT-2 with {count_parameters(shape):,} parameters")
+    model = AutoModelForCausalLM.from_config(shape).train()
+    ids, labels = batch_of(config, options.batch, options.context)
+
+    def loss() -> torch.Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    return Step(model, loss, options.precision, model.parameters(), fused=True)
+
+
+CONTESTANTS = {"ours": ours, "original": original, "peer": peer}
+
+
+def peak_memory(name: str) -> float:
+    """Peak resident MiB of a process that runs two steps of one contestant."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["peak_mib"]
+
+
+def matmul_share(step: Step) -> float:
+    """Share of a step's processor time that matrix products take, attention's included."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step()
+    events = recorded.key_averages()
+    matmul = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product")
+    total = sum(event.self_cpu_time_total for event in events)
+    return round(sum(e.self_cpu_time_total for e in events if e.key.startswith(matmul)) / total, 3)
+
+
+def main() -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="i3-80m")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--original", help="path of a checkout of open-i3")
+    parser.add_argument("--peer", choices=("gpt2",))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--output", help="append the JSON line to this file")
+    parser.add_argument("--only", choices=tuple(CONTESTANTS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
+    if options.only:
+        step = CONTESTANTS[options.only](options)
+        step()
+        step()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"peak_mib": round(peak)}))
+        return 0
+
+    check(options)
+    names = ["ours"]
+    names += ["original"] if options.original else []
+    names += ["peer"] if options.peer else []
+    steps = {name: CONTESTANTS[name](options) for name in names}
+    seconds = time_alternating(steps, options.repeats)
+    tokens = options.batch * options.context
+    results = {}
+    for name in names:
+        figures = summary(seconds[name])
+        figures["tokens_per_second"] = round(1e3 * tokens / figures["median_ms"])
+        figures["matmul_share"] = matmul_share(steps[name])
+        if name != "ours":
+            figures["ours_is_times_faster"] = median_ratio(seconds[name], seconds["ours"])
+        results[name] = figures
+    del steps
+    if not options.no_memory:
+        for name in names:
+            results[name]["peak_mib"] = peak_memory(name)
+    for name, figures in results.items():
+        print(f"{name:>9}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+    setting = {key: vars(options)[key] for key in ("preset", "batch", "context", "precision")}
+    report("training_step", {**setting, "results": results}, options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

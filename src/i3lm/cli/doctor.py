@@ -1,0 +1,152 @@
+"""``i3lm doctor``"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def doctor(json: bool = False) -> None:
+    """Shows what this machine has, which kernels run on it, and whether they are right.
+
+    Prints versions, processor and devices, the matrix and memory speed measured just now, and for
+    each op the kernel chosen and why; every kernel that can run here is held against the
+    reference.
+
+    Args:
+        json: Print everything as one JSON object.
+    """
+    from i3lm.cli.running import print_json
+    from i3lm.errors import KernelError
+
+    facts = {
+        "versions": _versions(),
+        "processor": _processor(),
+        "speed": _speed(),
+        "kernels": _kernels(),
+    }
+    if json:
+        print_json(facts)
+    else:
+        _print(facts)
+    wrong = [
+        f"{op}/{name}"
+        for op, about in facts["kernels"].items()
+        for name, check in about["checks"].items()
+        if check.get("passed") is False
+    ]
+    if wrong:
+        raise KernelError(
+            f"{', '.join(wrong)} disagrees with the reference on this machine: choose another "
+            "kernel, and please report this with the output of i3lm doctor --json"
+        )
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "system": platform.platform(terse=True)}
+    for package in ("i3lm", "torch", "transformers", "accelerate", "tokenizers", "numba", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _processor() -> dict[str, Any]:
+    import os
+
+    import torch
+
+    from i3lm.device import has_fast_bf16
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cpu_bf16": has_fast_bf16(torch.device("cpu")),
+        "gpus": gpus,
+    }
+
+
+def _speed() -> dict[str, float]:
+    """Measured ceilings: matrix products in GFLOP/s, copying in GB/s."""
+    import torch
+
+    size = 1024
+    figures = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+        seconds = _median_seconds(lambda a=a, b=b: a @ b)
+        figures[f"matmul_{name}_gflops"] = round(2 * size**3 / seconds / 1e9, 1)
+    source = torch.randn(2**26)  # 256 MiB, beyond any cache
+    target = torch.empty_like(source)
+    seconds = _median_seconds(lambda: target.copy_(source))
+    figures["copy_gb_per_second"] = round(2 * source.nbytes / seconds / 1e9, 1)
+    return figures
+
+
+def _median_seconds(run: Any, repeats: int = 7) -> float:
+    import statistics
+    import time
+
+    run()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def _kernels() -> dict[str, dict[str, Any]]:
+    import torch
+
+    from i3lm.device import resolve_device
+    from i3lm.ops.self_check import OPS, TOLERANCE, largest_difference
+
+    device = resolve_device()
+    found: dict[str, dict[str, Any]] = {}
+    for name, op in OPS.items():
+        choice = op.choose(device, torch.float32)
+        checks: dict[str, dict[str, Any]] = {}
+        for implementation in op.implementations:
+            refusal = implementation.refuses(device, torch.float32)
+            if refusal is not None:
+                checks[implementation.name] = {"refuses": refusal}
+                continue
+            difference = largest_difference(name, implementation.name, device)
+            checks[implementation.name] = {
+                "difference": difference,
+                "passed": difference <= TOLERANCE,
+            }
+        found[name] = {
+            "device": str(device),
+            "chosen": choice.implementation.name,
+            "reason": choice.reason,
+            "tolerance": TOLERANCE,
+            "checks": checks,
+        }
+    return found
+
+
+def _print(facts: dict[str, Any]) -> None:
+    for title in ("versions", "processor", "speed"):
+        print(title)
+        for name, value in facts[title].items():
+            text = ", ".join(value) or "none" if isinstance(value, list) else value
+            print(f"  {name:<22} {text}")
+    print("kernels")
+    for op, about in facts["kernels"].items():
+        print(f"  {op}: {about['chosen']} on {about['device']} ({about['reason']})")
+        for name, check in about["checks"].items():
+            if "refuses" in check:
+                print(f"    {name:<11} cannot run here: {check['refuses']}")
+                continue
+            verdict = "agrees with" if check["passed"] else "DISAGREES with"
+            print(
+                f"    {name:<11} {verdict} the reference: largest difference "
+                f"{check['difference']:.1e}, tolerance {about['tolerance']:.0e}"
+            )
