@@ -59,7 +59,7 @@ def _parse(name: str, function: Callable[..., Any], arguments: list[str]) -> dic
 
     parser = build_parser(name, function)
     try:
-        settings = parser.instantiate(parser.parse_args(arguments))
+        settings = parser.instantiate(parser.parse_args(list(map(_as_key, arguments))))
     except UnicodeDecodeError as error:
         raise ConfigurationError(
             f"a file given with the options is not UTF-8 text ({error.reason} at byte "
@@ -86,11 +86,18 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
     class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Keeps the paragraphs and examples of the description as they are written."""
 
+    class Parser(ArgumentParser):
+        """Shows options as they are typed, with dashes; YAML keys have underscores."""
+
+        def format_help(self, *arguments: Any) -> str:
+            text = super().format_help(*arguments)
+            return re.sub(r"--[a-z][\w.]*", lambda found: _as_option(found[0]), text)
+
     parameters = inspect.signature(function).parameters
     positional = [p for p in parameters if p in _POSITIONAL]
     flags = [p for p, about in parameters.items() if about.default is False]
     documentation, _, described = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:")
-    parser = ArgumentParser(
+    parser = Parser(
         prog=f"i3lm {name}",
         usage=" ".join([f"i3lm {name}", *(p.upper() for p in positional), "[OPTIONS]"]),
         description=documentation,
@@ -108,6 +115,19 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
         parser.add_argument(f"--{flag}", action="store_true", help=_help_of(flag, described))
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
+
+
+def _as_key(argument: str) -> str:
+    """``--max-new-tokens=9`` as ``--max_new_tokens=9``; anything but an option as it is."""
+    option, equals, value = argument.partition("=")
+    if not re.fullmatch(r"--[A-Za-z][\w.-]*", option):
+        return argument
+    return "--" + option[2:].replace("-", "_") + equals + value
+
+
+def _as_option(key: str) -> str:
+    """A key as the option that sets it is typed."""
+    return "--" + key.removeprefix("--").replace("_", "-")
 
 
 def _help_of(parameter: str, described: str) -> str:
@@ -143,7 +163,8 @@ def _clear(message: str, parser: Any) -> str:
         if not option.startswith("-"):
             return f"unexpected argument {option!r}; {help_hint}"
         close = _nearest(option.lstrip("-"), parser)
-        return f"unknown option {option}; " + (f"did you mean --{close}?" if close else help_hint)
+        meant = f"did you mean {_as_option(close)}?" if close else help_hint
+        return f"unknown option {_as_option(option)}; {meant}"
     if match := re.search(
         r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<key>[^']+)'", message
     ):
@@ -152,7 +173,7 @@ def _clear(message: str, parser: Any) -> str:
         return f"unknown key {key!r}; " + (f"did you mean {close!r}?" if close else help_hint)
     if match := re.search(r"arguments are required: (.+)", message):
         positional = [action.dest for action in parser._actions if not action.option_strings]
-        names = [n.upper() if n in positional else f"--{n}" for n in match[1].split(", ")]
+        names = [n.upper() if n in positional else _as_option(n) for n in match[1].split(", ")]
         verb = "is" if len(names) == 1 else "are"
         return f"{' and '.join(names)} {verb} required; {help_hint}"
     if match := re.match(r"([\w.]+): .*?Expected .*(?:Got|Given) value: (.*)", message):
@@ -160,9 +181,9 @@ def _clear(message: str, parser: Any) -> str:
         rule = " or ".join(_TYPE_NAMES.get(kind, kind) for kind in kinds)
         return f"{match[1]} ({match[2]}) must be {rule}"
     if match := re.match(r"argument (--[\w.]+): expected one argument", message):
-        return f"{match[1]} needs a value; {help_hint}"
+        return f"{_as_option(match[1])} needs a value; {help_hint}"
     if match := re.match(r"argument (--[\w.]+): ignored explicit argument '(.*)'", message):
-        return f"{match[1]} takes no value, but was given {match[2]!r}"
+        return f"{_as_option(match[1])} takes no value, but was given {match[2]!r}"
     if match := re.match(r"config: (?:File does not exist|Path is not a file): '(.*?)'", message):
         return f"{match[1]}: no such file; give the path of a YAML file with --config"
     if match := re.match(r"([\w.]+): Unable to load config '(.*?)'", message):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -12,6 +14,13 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+# Triton's interpreter runs its kernels on any device, slowly: for tests. Triton itself reads this
+# variable once, when it is imported.
+TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+
+# The implementations that are right everywhere and fast nowhere.
+SLOW = ("scan", "reference")
 
 # op name -> implementation name, set by `use_implementation` for a block of code.
 _overrides: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
@@ -127,6 +136,23 @@ def numba_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"runs on the CPU, not on {device.type}"
     if dtype != torch.float32:
         return f"computes in float32, not in {dtype}"
+    return None
+
+
+def triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton implementations cannot serve a device and dtype, or None."""
+    if dtype != torch.float32:
+        return f"computes in float32, not in {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if TRITON_INTERPRETS:
+        return None
+    if device.type != "cuda":
+        return f"runs on CUDA devices, not on {device.type}"
+    if not torch.cuda.is_available():
+        return "no CUDA device answers"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "needs a GPU of compute capability 7.0 or later"
     return None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from i3lm.data.corpora import BUILT_IN
@@ -16,8 +17,12 @@ from i3lm.data.sources import read_documents
 from i3lm.data.split import held_out_documents, training_documents
 from i3lm.data.tokens import TokenizedText, tokenize_documents
 from i3lm.device import seed_everything
-from i3lm.errors import ConfigurationError, DataError, OutputError
+from i3lm.errors import ConfigurationError, DataError, KernelError, OutputError
 from i3lm.inference.loading import check_tokenizer_fits, find_checkpoint, load_model
+from i3lm.layers import HybridMixer, TimeMix
+from i3lm.ops.dispatch import SLOW
+from i3lm.ops.state_space import STATE_SPACE
+from i3lm.ops.wkv import WKV
 from i3lm.presets import Preset, list_presets, load_preset, make_config
 from i3lm.tokenizers import (
     load_tokenizer,
@@ -166,6 +171,30 @@ def make_texts(data: DataOptions, tokenizer: PreTrainedTokenizerBase) -> Texts:
             )
         parts.append(text)
     return Texts(*parts)
+
+
+def choose_kernels(
+    model: PreTrainedModel, device: torch.device, *, strict: bool
+) -> list[tuple[str, str, str]]:
+    """Gives (op, implementation, reason) for every recurrence in the model.
+
+    Raises:
+        KernelError: `strict`, and one of them would run in its slower form.
+    """
+    layers = {type(module) for module in model.modules()}
+    found = []
+    for layer, op in ((TimeMix, WKV), (HybridMixer, STATE_SPACE)):
+        if layer not in layers:
+            continue
+        choice = op.choose(device, torch.float32)
+        name = choice.implementation.name
+        if strict and name in SLOW:
+            raise KernelError(
+                f"{op.name} would run as {name} on {device} ({choice.reason}), and "
+                "training.strict_kernels is set: leave it out, or choose another device"
+            )
+        found.append((op.name, name, choice.reason))
+    return found
 
 
 def make_model(

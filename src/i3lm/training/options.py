@@ -96,6 +96,8 @@ class TrainingOptions:
         max_grad_norm: Gradients are scaled down to this norm; 0 turns it off.
         precision: fp32, bf16, or auto for bf16 where the processor multiplies it in hardware.
         device: cpu, cuda, mps, or auto for the fastest there is.
+        strict_kernels: Refuse to train where a recurrence has no compiled kernel, instead of
+            running its slower form.
         seed: Seed of weights, order of rows, and draws.
         log_every: Steps between lines of the metrics file.
         evaluate_every: Steps between evaluations on the held-out text.
@@ -117,6 +119,7 @@ class TrainingOptions:
     max_grad_norm: float = 1.0
     precision: str = "auto"
     device: str = "auto"
+    strict_kernels: bool = False
     seed: int = 0
     log_every: int = 10
     evaluate_every: int = 100

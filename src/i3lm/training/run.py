@@ -18,7 +18,13 @@ from i3lm.device import resolve_device, resolve_precision, seed_everything
 from i3lm.errors import ConfigurationError, OutputError
 from i3lm.inference import SamplingOptions, TextGenerator
 from i3lm.models.model_card import write_model_card
-from i3lm.training.build import make_model, make_texts, make_tokenizer, resolve_start
+from i3lm.training.build import (
+    choose_kernels,
+    make_model,
+    make_texts,
+    make_tokenizer,
+    resolve_start,
+)
 from i3lm.training.checkpoints import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -108,11 +114,13 @@ def run_training(
     generator = TextGenerator(model, tokenizer, precision)
     for prompt in options.sample.prompts:
         generator.encode_prompt(prompt)
+    kernels = choose_kernels(model, device, strict=training.strict_kernels)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
         f"{start.preset.name}: {parameters:,} parameters, vocabulary {len(tokenizer):,}, "
         f"context {context}, {precision} on {device}\n"
-        f"{options.data.source}: {len(texts.training.tokens):,} training tokens in "
+        + "".join(f"kernel: {op} runs as {name} ({why})\n" for op, name, why in kernels)
+        + f"{options.data.source}: {len(texts.training.tokens):,} training tokens in "
         f"{texts.training.documents:,} documents, {len(texts.held_out.tokens):,} held out in "
         f"{texts.held_out.documents:,}",
         highlight=False,
@@ -281,7 +289,14 @@ def _saved_options(output: Path) -> dict[str, Any] | None:
 
 _MAY_CHANGE = {
     ("training", name)
-    for name in ("device", "log_every", "evaluate_every", "save_every", "keep_checkpoints")
+    for name in (
+        "device",
+        "strict_kernels",
+        "log_every",
+        "evaluate_every",
+        "save_every",
+        "keep_checkpoints",
+    )
 }
 
 

@@ -14,6 +14,7 @@ from i3lm.ops.dispatch import (
     full_precision,
     numba_refuses,
     runs_directly,
+    triton_refuses,
 )
 from i3lm.ops.state_space.reference import state_space_reference
 from i3lm.ops.state_space.scan import state_space_scan, state_space_scan_backward
@@ -31,10 +32,23 @@ def _numba_backward(*inputs: Any) -> tuple[Tensor, ...]:
     return state_space_numba_backward(*inputs)
 
 
+def _triton(*inputs: Any) -> tuple[Tensor, ...]:
+    from i3lm.ops.state_space.triton import state_space_triton
+
+    return state_space_triton(*inputs)
+
+
+def _triton_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    from i3lm.ops.state_space.triton import state_space_triton_backward
+
+    return state_space_triton_backward(*inputs)
+
+
 STATE_SPACE = Op(
     "state_space",
     [
         Implementation("numba", _numba, _numba_backward, numba_refuses),
+        Implementation("triton", _triton, _triton_backward, triton_refuses),
         Implementation("scan", state_space_scan, state_space_scan_backward),
         Implementation("reference", state_space_reference),
     ],

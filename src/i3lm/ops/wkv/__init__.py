@@ -14,6 +14,7 @@ from i3lm.ops.dispatch import (
     full_precision,
     numba_refuses,
     runs_directly,
+    triton_refuses,
 )
 from i3lm.ops.wkv.reference import empty_state, wkv_reference
 from i3lm.ops.wkv.scan import wkv_scan, wkv_scan_backward
@@ -31,10 +32,23 @@ def _numba_backward(*inputs: Any) -> tuple[Tensor, ...]:
     return wkv_numba_backward(*inputs)
 
 
+def _triton(*inputs: Any) -> tuple[Tensor, ...]:
+    from i3lm.ops.wkv.triton import wkv_triton
+
+    return wkv_triton(*inputs)
+
+
+def _triton_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    from i3lm.ops.wkv.triton import wkv_triton_backward
+
+    return wkv_triton_backward(*inputs)
+
+
 WKV = Op(
     "wkv",
     [
         Implementation("numba", _numba, _numba_backward, numba_refuses),
+        Implementation("triton", _triton, _triton_backward, triton_refuses),
         Implementation("scan", wkv_scan, wkv_scan_backward),
         Implementation("reference", wkv_reference),
     ],
