@@ -80,6 +80,15 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 3)
 
 
+def matmul_flops(precision: str, device: str, size: int = 2048) -> float:
+    """Operations per second of a square matrix product: the ceiling to compare with."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 8192 if device == "cuda" else size
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = time_alternating({"matmul": lambda: a @ b}, 7)["matmul"]
+    return 2 * size**3 / statistics.median(seconds)
+
+
 def report(name: str, content: dict[str, Any], output: str | None) -> None:
     """Prints the last line, one JSON object, and keeps it in a file where one is named."""
     line = json.dumps({"benchmark": name, "machine": machine(), **content})

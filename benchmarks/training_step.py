@@ -20,12 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import median_ratio, report, summary, time_alternating
+from measuring import matmul_flops, median_ratio, report, summary, time_alternating
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from i3lm.ops.dispatch import use_implementation
-from i3lm.planning import count_parameters
+from i3lm.planning import count_parameters, training_flops_per_token
 from i3lm.presets import load_preset
 from i3lm.training.optimizers import parameter_groups
 
@@ -43,11 +43,12 @@ class Step:
 
     def __init__(self, model, loss: Callable, precision: str, groups, fused: bool) -> None:
         self.model, self.loss, self.precision = model, loss, precision
+        self.device = next(model.parameters()).device.type
         self.optimizer = torch.optim.AdamW(groups, lr=3e-4, fused=fused)
 
     def __call__(self) -> tuple[float, float]:
         """Runs a step; gives its loss and gradient norm."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             loss = self.loss()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -56,10 +57,11 @@ class Step:
         return loss.item(), norm.item()
 
 
-def batch_of(config, batch: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_of(config, options) -> tuple[torch.Tensor, torch.Tensor]:
     """A fixed random batch: ids and the ids one step ahead, (B, T)."""
     draw = torch.Generator().manual_seed(1)
-    rows = torch.randint(0, config.vocab_size, (batch, context + 1), generator=draw)
+    shape = (options.batch, options.context + 1)
+    rows = torch.randint(0, config.vocab_size, shape, generator=draw).to(options.device)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
@@ -67,8 +69,8 @@ def ours(options) -> Step:
     """Our step, as the trainer runs it."""
     torch.manual_seed(0)
     config = load_preset(options.preset).config(max_position_embeddings=options.context)
-    model = AutoModelForCausalLM.from_config(config).train()
-    ids, labels = batch_of(config, options.batch, options.context)
+    model = AutoModelForCausalLM.from_config(config).to(options.device).train()
+    ids, labels = batch_of(config, options)
     return Step(
         model,
         lambda: model(input_ids=ids, shift_labels=labels, skip_logits=True, use_cache=False).loss,
@@ -82,7 +84,7 @@ def check(options) -> None:
     """Refuses to time a step whose loss or gradient norm is wrong."""
     fast = ours(options)
     plain = ours(options)
-    ids, labels = batch_of(fast.model.config, options.batch, options.context)
+    ids, labels = batch_of(fast.model.config, options)
 
     def plain_loss() -> torch.Tensor:
         logits = plain.model(input_ids=ids, use_cache=False).logits
@@ -119,8 +121,8 @@ def original(options) -> Step:
         model = module.i3Model(**shape, d_state=config.state_size)
     else:
         model = module.i3HybridModel(**shape)
-    model.train()
-    ids, labels = batch_of(config, options.batch, options.context)
+    model.to(options.device).train()
+    ids, labels = batch_of(config, options)
     return Step(
         model, lambda: model(ids, labels)[1], options.precision, model.parameters(), fused=False
     )
@@ -136,8 +138,8 @@ def peer(options) -> Step:
         embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     print(f"peer: GPT-2 with {count_parameters(shape):,} parameters")
-    model = AutoModelForCausalLM.from_config(shape).train()
-    ids, labels = batch_of(config, options.batch, options.context)
+    model = AutoModelForCausalLM.from_config(shape).to(options.device).train()
+    ids, labels = batch_of(config, options)
 
     def loss() -> torch.Tensor:
         logits = model(input_ids=ids, use_cache=False).logits
@@ -175,6 +177,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--original", help="path of a checkout of open-i3")
     parser.add_argument("--peer", choices=("gpt2",))
     parser.add_argument("--repeats", type=int, default=5)
@@ -187,7 +190,10 @@ def main() -> int:
         step = CONTESTANTS[options.only](options)
         step()
         step()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if options.device == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({"peak_mib": round(peak)}))
         return 0
 
@@ -198,11 +204,17 @@ def main() -> int:
     steps = {name: CONTESTANTS[name](options) for name in names}
     seconds = time_alternating(steps, options.repeats)
     tokens = options.batch * options.context
+    ceiling = matmul_flops(options.precision, options.device)
     results = {}
     for name in names:
         figures = summary(seconds[name])
         figures["tokens_per_second"] = round(1e3 * tokens / figures["median_ms"])
-        figures["matmul_share"] = matmul_share(steps[name])
+        if options.device == "cpu":
+            figures["matmul_share"] = matmul_share(steps[name])
+        flops = training_flops_per_token(steps["ours"].model.config, options.context)
+        if name == "ours":
+            rate = flops * figures["tokens_per_second"]
+            figures["share_of_measured_matmul_peak"] = round(rate / ceiling, 3)
         if name != "ours":
             figures["ours_is_times_faster"] = median_ratio(seconds[name], seconds["ours"])
         results[name] = figures
@@ -212,7 +224,9 @@ def main() -> int:
             results[name]["peak_mib"] = peak_memory(name)
     for name, figures in results.items():
         print(f"{name:>9}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
-    setting = {key: vars(options)[key] for key in ("preset", "batch", "context", "precision")}
+    setting = {
+        key: vars(options)[key] for key in ("preset", "batch", "context", "precision", "device")
+    }
     report("training_step", {**setting, "results": results}, options.output)
     return 0
 

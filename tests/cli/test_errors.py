@@ -72,11 +72,11 @@ def assert_one_line(finished: subprocess.CompletedProcess[str], message: str) ->
         (["train", "--output"], "--output needs a value; see i3lm train --help"),
         (
             ["train", "--output", "out", "--learning_rate", "3"],
-            "unknown option --learning_rate; did you mean --training.learning_rate?",
+            "unknown option --learning-rate; did you mean --training.learning-rate?",
         ),
         (  # a prefix is not the option
             ["train", "--output", "out", "--training.learning_rat=3"],
-            "unknown option --training.learning_rat; did you mean --training.learning_rate?",
+            "unknown option --training.learning-rat; did you mean --training.learning-rate?",
         ),
         (
             ["generate", "x", "--prompt", "a", "--temprature", "1"],
