@@ -31,7 +31,7 @@ tags: [i3, i3lm]
 # A model of the i3 family
 
 The i3 architecture is by FlameF0X and i3-lab: **[open-i3]({ORIGINAL})**.
-These weights were written by [i3lm](https://pypi.org/project/i3lm/), an independent implementation.
+These weights were written by i3lm, an independent implementation.
 
 | | |
 | --- | --- |
