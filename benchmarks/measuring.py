@@ -89,6 +89,17 @@ def matmul_flops(precision: str, device: str, size: int = 2048) -> float:
     return 2 * size**3 / statistics.median(seconds)
 
 
+def peak_resident_mib() -> float:
+    """Peak resident memory of this process in MiB.
+
+    Not from getrusage: its figure is inherited from the process that started this one.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("peak memory is read from /proc, which this system does not have")
+
+
 def report(name: str, content: dict[str, Any], output: str | None) -> None:
     """Prints the last line, one JSON object, and keeps it in a file where one is named."""
     line = json.dumps({"benchmark": name, "machine": machine(), **content})

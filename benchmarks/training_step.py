@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 import types
@@ -20,7 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import matmul_flops, median_ratio, report, summary, time_alternating
+from measuring import (
+    matmul_flops,
+    median_ratio,
+    peak_resident_mib,
+    report,
+    summary,
+    time_alternating,
+)
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -193,7 +199,7 @@ def main() -> int:
         if options.device == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            peak = peak_resident_mib()
         print(json.dumps({"peak_mib": round(peak)}))
         return 0
 

@@ -23,11 +23,12 @@ def quickstart(output: str = "runs/quickstart", overwrite: bool = False) -> None
     from i3lm.training.options import (
         DataOptions,
         ModelOptions,
+        RunOptions,
         SampleOptions,
         TokenizerOptions,
         TrainingOptions,
     )
-    from i3lm.training.run import RunOptions, run_training
+    from i3lm.training.run import run_training
 
     options = RunOptions(
         ModelOptions(

@@ -46,7 +46,8 @@ def train(
     from rich.console import Console
 
     from i3lm.cli.running import print_json
-    from i3lm.training.run import RunOptions, run_training
+    from i3lm.training.options import RunOptions
+    from i3lm.training.run import run_training
 
     result = run_training(
         Path(output),

@@ -189,3 +189,14 @@ class SampleOptions:
              "must be 0 (always the likeliest) or above"),
             ("sample.top_k", self.top_k, self.top_k >= 0, "must be 0 (all tokens) or above"),
         ))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything that defines a run; kept as ``config.yaml`` in its folder."""
+
+    model: ModelOptions
+    tokenizer: TokenizerOptions
+    data: DataOptions
+    training: TrainingOptions
+    sample: SampleOptions

@@ -1,0 +1,122 @@
+"""The folder of a run: refused before anything is lost, prepared, and found again."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from i3lm.errors import ConfigurationError, OutputError
+from i3lm.training.checkpoints import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    as_output_error,
+    latest_checkpoint,
+    write_file,
+)
+from i3lm.training.options import RunOptions
+
+
+def check_run_folder(output: Path, options: RunOptions, *, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that cannot be written, or whose content would be lost."""
+    if resume and overwrite:
+        raise ConfigurationError("--resume and --overwrite exclude each other: give one")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: is a file; give a folder")
+    existing = next((p for p in (output, *output.parents) if p.exists()), Path())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass  # only trying tells: permission bits say nothing of a read-only file system
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written: nothing can be created in {existing} "
+            f"({error.strerror}); give another folder"
+        ) from error
+    if output.is_dir() and any(output.iterdir()):
+        if _saved_options(output) is None:
+            raise OutputError(f"{output}: is not empty and holds no run of i3lm; give a new folder")
+        if resume:
+            _check_same_run(output, options)
+        elif not overwrite:
+            raise OutputError(
+                f"{output}: already holds a run; replace it with --overwrite, give another "
+                "--output, or go on with it: i3lm train --resume"
+            )
+    elif resume:
+        raise OutputError(f"{output}: holds no run to resume; leave --resume out to begin one")
+
+
+def _check_same_run(output: Path, options: RunOptions) -> None:
+    """Refuses to resume with options that would make it another run."""
+    saved, now = _saved_options(output) or {}, dataclasses.asdict(options)
+    for group in ("model", "tokenizer", "data", "training"):
+        for key, value in now[group].items():
+            before = saved[group].get(key)
+            if before != value and (group, key) not in _MAY_CHANGE:
+                raise ConfigurationError(
+                    f"{output}: the run was begun with {group}.{key} {before!r}, now it is "
+                    f"{value!r}: resume with the same options, or begin another run"
+                )
+
+
+def _saved_options(output: Path) -> dict[str, Any] | None:
+    """The options of the run that a folder holds, or None if it holds no run."""
+    try:
+        saved = yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    groups = [field.name for field in dataclasses.fields(RunOptions)]
+    is_run = isinstance(saved, dict) and all(isinstance(saved.get(g), dict) for g in groups)
+    return saved if is_run else None
+
+
+_MAY_CHANGE = {
+    ("training", name)
+    for name in (
+        "device",
+        "strict_kernels",
+        "log_every",
+        "evaluate_every",
+        "save_every",
+        "keep_checkpoints",
+    )
+}
+
+
+def prepare_run_folder(output: Path, options: RunOptions, *, resume: bool) -> Path | None:
+    """Makes the run's folder and gives the checkpoint to resume from, if any."""
+    checkpoints = output / "checkpoints"
+    newest = latest_checkpoint(checkpoints) if resume else None
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            _remove_run(output)
+        # Checkpoints beyond the newest complete one were cut short, and would count as kept ones.
+        for path in checkpoints.glob("checkpoint-[0-9]*"):
+            if newest is None or checkpoint_step(path) > checkpoint_step(newest):
+                shutil.rmtree(path)
+    except OSError as error:
+        raise as_output_error(output, error) or error from error
+    text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False, allow_unicode=True)
+    write_file(output / CONFIG_FILE, text)
+    return newest
+
+
+def _remove_run(output: Path) -> None:
+    """Removes what a run writes, and nothing else that lies in its folder."""
+    for name in ("best", "last", "checkpoints"):
+        for folder in (output / name, output / f"{name}.part", output / f"{name}.old"):
+            if folder.exists():
+                shutil.rmtree(folder)
+    for name in (CONFIG_FILE, METRICS_FILE, SAMPLES_FILE):
+        (output / name).unlink(missing_ok=True)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step at which a ``checkpoint-N`` folder was saved."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
