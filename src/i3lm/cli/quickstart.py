@@ -42,7 +42,7 @@ def quickstart(output: str = "runs/quickstart", overwrite: bool = False) -> None
         TokenizerOptions(source="bpe", vocab_size=1024),
         DataOptions(source="stories", size=6_000),
         TrainingOptions(
-            max_steps=400, batch_size=32, learning_rate=3e-3, warmup_steps=20, evaluate_every=100
+            max_steps=450, batch_size=32, learning_rate=3e-3, warmup_steps=20, evaluate_every=100
         ),
         SampleOptions(
             prompts=[
@@ -52,6 +52,7 @@ def quickstart(output: str = "runs/quickstart", overwrite: bool = False) -> None
             ],
             every=100,
             max_new_tokens=70,
+            temperature=0.6,
         ),
     )
     folder = Path(output)
