@@ -34,6 +34,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.torch-$(TORCH): | $(VENV)/bin/python
 	@echo "installing PyTorch ($(TORCH)) into $(VENV)"
+	@if ls $(VENV)/.torch-* >/dev/null 2>&1; then $(PIP) uninstall -y torch; rm -f $(VENV)/.torch-*; fi
 	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH_REQUIREMENT)" || { \
 	  echo "PyTorch's $(TORCH) build was not found: name an index that has it, make install TORCH_INDEX=URL (see pytorch.org/get-started), or take the CUDA build, make install TORCH=cuda"; exit 1; }
 	@touch $@

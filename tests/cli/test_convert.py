@@ -132,12 +132,21 @@ def test_a_smaller_tokenizer_is_noted(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "note: the tokenizer has 188 tokens and the model 320" in capsys.readouterr().out
 
 
-def test_overwriting_replaces_the_folder(tmp_path: Path):
+def test_overwriting_replaces_a_model(tmp_path: Path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "stale.txt").write_text("old")
+    stale = tmp_path / "out" / "model-00001-of-00002.safetensors"
+    stale.write_text("old")
     convert(str(ARTIFACTS), str(tmp_path / "out"), overwrite=True)
-    assert not (tmp_path / "out" / "stale.txt").exists()
+    assert not stale.exists()
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_overwriting_spares_what_is_no_model(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "diary.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds diary\.txt, which is no part of a model"):
+        convert(str(ARTIFACTS), str(tmp_path / "out"), overwrite=True)
+    assert (tmp_path / "out" / "diary.txt").read_text() == "mine"
 
 
 def test_wrong_heads_fail_against_the_reference(tmp_path: Path):

@@ -150,7 +150,13 @@ def test_intervals_may_change_when_resuming(tiny_run: Path, tmp_path: Path):
 def test_interrupt(process_environment: dict[str, str], tmp_path: Path):
     run = tmp_path / "run"
     options = ["--training.max_steps", "100000"]
-    process = start(["train", "--output", run, *TINY_TRAINING, *options], process_environment)
+    process = start(
+        ["train", "--output", run, *TINY_TRAINING, *options],
+        process_environment,
+        # A shell that starts the tests in the background has them ignore SIGINT, and a process
+        # inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for(run / "checkpoints" / "checkpoint-30" / "trainer_state.json", process)
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from i3lm.data.sources import read_documents
+from i3lm.data.split import is_held_out
 from i3lm.errors import DataError
 
 
@@ -26,12 +27,19 @@ def test_marks():
 
 
 def test_paragraphs_are_kept_whole():
-    paragraphs = [f"paragraph {n} " + "x" * 700 + "\nits second line" for n in range(9)]
+    paragraphs = [f"paragraph {n} " + "x" * 700 + "\nits second line" for n in range(300)]
     Path("a.txt").write_text("\n\n\n".join(paragraphs))
     documents = read("a.txt")
-    assert len(documents) == 3
+    assert len(documents) == 100  # three paragraphs reach 2,000 characters
     assert "\n\n\n".join(documents) == "\n\n\n".join(paragraphs)
     assert all(document.startswith("paragraph") for document in documents)
+
+
+def test_a_small_text_is_cut_small_enough_to_hold_some_out():
+    Path("a.txt").write_text("\n".join(f"line {n} of a small text" for n in range(800)))
+    documents = read("a.txt")
+    assert len(documents) > 60
+    assert any(is_held_out(document, 0.05) for document in documents)
 
 
 def test_lines_are_kept_whole():

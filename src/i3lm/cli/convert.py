@@ -80,6 +80,13 @@ def convert(
     print_json(figures) if json else _print(figures, model)
 
 
+# How the names of the files of a model folder begin.
+_WRITTEN = (
+    "config.json", "generation_config.json", "model", "tokenizer", "special_tokens", "README.md",
+    "chat_template",
+)  # fmt: skip
+
+
 def _check_target(out: Path, source: Path, overwrite: bool) -> Path:
     """Gives the folder to write, if it may be written."""
     from i3lm.errors import OutputError
@@ -97,6 +104,13 @@ def _check_target(out: Path, source: Path, overwrite: bool) -> Path:
         filled = target.is_dir() and any(target.iterdir())
     except OSError as error:
         raise as_output_error(out, error) or error from error
+    if filled and overwrite:
+        foreign = [p.name for p in target.iterdir() if not p.name.startswith(_WRITTEN)]
+        if foreign:
+            raise OutputError(
+                f"{out}: holds {foreign[0]}, which is no part of a model; --overwrite replaces "
+                "models only: choose another folder"
+            )
     if filled and not overwrite:
         raise OutputError(f"{out}: is not empty; pass --overwrite to replace it, or choose another")
     return target

@@ -54,6 +54,6 @@ def _print_table(rows: list[dict]) -> None:
             f"{row['context']:,}", f"{row['vocab_size']:,}", row["tokenizer"],
         )  # fmt: skip
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    if console.width < 110:  # a folded count would be no exact count
+        console = Console(width=110)
     console.print(table)

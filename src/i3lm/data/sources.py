@@ -11,7 +11,9 @@ from i3lm.data.corpora import BUILT_IN, load_corpus
 from i3lm.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-_BLOCK_CHARACTERS = 2_000
+# Documents cut from running text have about this many characters; a hundredth of a small file,
+# so that some of them are held out.
+_BLOCK_CHARACTERS, _LEAST_BLOCK_CHARACTERS = 2_000, 200
 
 
 def read_documents(
@@ -93,10 +95,13 @@ def _read_text(path: Path, text_column: str) -> Iterator[str]:
     """Cuts a text file into documents.
 
     A file with ``<|endoftext|>`` marks is cut there. Any other file is cut between paragraphs
-    (at blank lines; between lines where there are none) into blocks of about 2,000 characters,
-    so that neighbouring text stays together and a held-out part can be set aside.
+    (at blank lines; between lines where there are none) into blocks of about 2,000 characters
+    (fewer in a file under 200 kB), so that neighbouring text stays together and a held-out part
+    can be set aside.
     """
     style = _cut_style(path)
+    hundredth = path.stat().st_size // 100
+    block_length = max(_LEAST_BLOCK_CHARACTERS, min(_BLOCK_CHARACTERS, hundredth))
     block: list[str] = []
     length, previous_blank = 0, False
     for line in _decoded_lines(path):
@@ -105,7 +110,7 @@ def _read_text(path: Path, text_column: str) -> Iterator[str]:
             cut, drop = line.strip() == END_OF_TEXT, True
         else:
             boundary = not blank and (previous_blank or style == "lines")
-            cut, drop = length >= _BLOCK_CHARACTERS and boundary, False
+            cut, drop = length >= block_length and boundary, False
         if cut:
             yield "".join(block).strip()
             block, length = [], 0

@@ -38,6 +38,7 @@ class SamplingOptions:
             ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
             ("temperature", self.temperature >= 0, "must be 0 (always the likeliest) or above"),
             ("top_k", self.top_k >= 0, "must be 0 (all tokens) or above"),
+            ("seed", 0 <= self.seed < 2**32, "must be between 0 and 2^32 - 1"),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
         )
         for name, holds, rule in rules:

@@ -22,16 +22,24 @@ def write_model_card(
     """
     rows = {"Parameters": f"{parameters:,}", **_shape(config), **facts}
     table = "\n".join(f"| {label} | {text} |" for label, text in rows.items())
+    if config.model_type != "i3":
+        name = f"A {config.model_type} model"
+        origin = "These weights were written by i3lm, as a peer to compare i3 models with."
+    else:
+        name = "A model of the i3 family"
+        origin = (
+            f"The i3 architecture is by FlameF0X and i3-lab: **[open-i3]({ORIGINAL})**.\n"
+            "These weights were written by i3lm, an independent implementation."
+        )
     text = f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [i3, i3lm]
+tags: [{config.model_type}, i3lm]
 ---
 
-# A model of the i3 family
+# {name}
 
-The i3 architecture is by FlameF0X and i3-lab: **[open-i3]({ORIGINAL})**.
-These weights were written by i3lm, an independent implementation.
+{origin}
 
 | | |
 | --- | --- |

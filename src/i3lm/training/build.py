@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,9 +110,10 @@ def make_tokenizer(
     if size is None and source == "bpe":
         size = start.preset.config().vocab_size if start.checkpoint is None else 32_000
     lowercase = start.preset.lowercase if options.lowercase is None else options.lowercase
-    key = f"{source}-{size}-{lowercase}-{data.held_out_fraction}-{_source_state(data)}"
+    state = _source_state(data)
+    key = f"{source}-{size}-{lowercase}-{data.held_out_fraction}-{state}"
     folder = _cache_folder() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    cacheable = "unknown" not in key
+    cacheable = state is not None
     if cacheable and (folder / "tokenizer.json").exists():
         return load_tokenizer(folder)
     texts = training_documents(documents(data), data.held_out_fraction)
@@ -131,19 +133,19 @@ def _cache_folder() -> Path:
     return Path(base) / "i3lm" / "tokenizers"
 
 
-def _source_state(data: DataOptions) -> str:
-    """What identifies the text of a source without reading it all."""
+def _source_state(data: DataOptions) -> str | None:
+    """What identifies the text of a source without reading it all; None where nothing does."""
+    from i3lm import __version__
+
     path = Path(data.source)
     if path.is_file():
         stat = path.stat()
         identity = f"{path.resolve()}-{stat.st_size}-{stat.st_mtime_ns}"
     elif data.source in BUILT_IN:
-        from i3lm import __version__
-
-        identity = f"{data.source}-{__version__}"
+        identity = f"{data.source}-{sys.version_info[:3]}"  # pydocs comes with Python
     else:
-        identity = "unknown"  # a Hub data set can change under its name
-    return f"{identity}-{data.size}-{data.text_column}"
+        return None  # a Hub data set can change under its name
+    return f"{__version__}-{identity}-{data.size}-{data.text_column}"
 
 
 @dataclass(frozen=True)

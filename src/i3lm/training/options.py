@@ -145,6 +145,7 @@ class TrainingOptions:
              "must be above 0"),
             ("training.context_length", self.context_length,
              self.context_length is None or self.context_length >= 1, "must be at least 1"),
+            ("training.seed", self.seed, 0 <= self.seed < 2**32, "must be between 0 and 2^32 - 1"),
             ("training.learning_rate", self.learning_rate, self.learning_rate > 0,
              "must be above 0"),
             ("training.min_learning_rate_ratio", self.min_learning_rate_ratio,

@@ -101,6 +101,7 @@ def run_training(
         f"{texts.training.documents:,} documents, {len(texts.held_out.tokens):,} held out in "
         f"{texts.held_out.documents:,}",
         highlight=False,
+        markup=False,
     )
 
     checkpoint = prepare_run_folder(output, options, resume=resume)
@@ -145,7 +146,7 @@ def run_training(
     )
     _silence_stock_console(trainer)
     if checkpoint is not None:
-        console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
+        console.print(f"resuming from {checkpoint}", highlight=False, markup=False, soft_wrap=True)
     try:
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

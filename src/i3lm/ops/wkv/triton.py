@@ -323,8 +323,8 @@ def wkv_triton_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of key, value, time_decay, time_first and state; sums are recomputed."""
     B, T, C = key.shape
-    grad_key, grad_value = (torch.empty(key.shape).to(key) for _ in range(2))
-    grad_decay, grad_first = (torch.zeros(B, C).to(key) for _ in range(2))
+    grad_key, grad_value = key.new_empty(key.shape), key.new_empty(key.shape)
+    grad_decay, grad_first = key.new_zeros(B, C), key.new_zeros(B, C)
     grad_start = grad_state.clone()
     if key.numel():
         tiles = triton.cdiv(T, _TILE)
