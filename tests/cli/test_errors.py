@@ -239,8 +239,8 @@ def test_missing_yaml(refuses, tmp_path: Path):
         ),
         (
             {"model_type": "gtp2"},
-            "unknown model_type 'gtp2': use i3, or a causal model that transformers knows, such "
-            "as gpt2",
+            "model_type 'gtp2' is unknown: use i3, or a causal model that transformers knows, such "
+            "as gpt2 or llama",
         ),
     ],
 )
@@ -274,8 +274,8 @@ def test_presets(refuses):
     [
         (
             ["--training.context_length", "64"],
-            "training.context_length (64) is more than the model's max_position_embeddings (32): "
-            "lower the one or raise the other",
+            "training.context_length (64) must be between 1 and the model's "
+            "max_position_embeddings (32)",
         ),
         (
             ["--tokenizer.source", "bpe", "--tokenizer.vocab_size", "50"],

@@ -34,12 +34,13 @@ def generate(
     from i3lm.cli.running import print_json
     from i3lm.device import resolve_device, resolve_precision
     from i3lm.inference import SamplingOptions, TextGenerator
-    from i3lm.inference.loading import load_checkpoint
+    from i3lm.inference.loading import check_room, load_checkpoint
 
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed)
     where = resolve_device(device)
     model, tokenizer = load_checkpoint(checkpoint, where)
     generator = TextGenerator(model, tokenizer, resolve_precision(precision, where))
+    check_room(model, len(generator.encode_prompt(prompt)), max_new_tokens)
     completion = generator.complete(prompt, options)
     if json:
         print_json({
