@@ -95,7 +95,7 @@ def evaluate(
         print("note: the tokenizer lower-cases the text, so bits per byte leave capitals out")
     if figures["unknown_tokens"]:
         print(
-            f"note: {figures['unknown_tokens']:,} tokens are {tokenizer.unk_token}, for text that "
+            f"note: {tokenizer.unk_token} stands {figures['unknown_tokens']:,} times for text that "
             "the tokenizer cannot write, so bits per byte leave that text out"
         )
 

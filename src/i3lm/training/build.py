@@ -245,6 +245,5 @@ def _is_causal(model: PreTrainedModel) -> bool:
     before, after = (model(input_ids=i, use_cache=False).logits[0] for i in (ids, changed))
     model.generate(ids[:, :2], max_new_tokens=2, do_sample=False, eos_token_id=None)
     model.train()
-    moved = (before - after).abs().amax(dim=1)
-    # Sums may differ in their last bits; what is seen shows as strongly as at the token itself.
-    return bool((moved[:-1] <= 1e-3 * moved[-1]).all())
+    moved = (before - after)[:-1].abs().max()
+    return bool(moved <= 1e-5 * before.abs().max())  # sums may differ in their last bits

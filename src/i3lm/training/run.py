@@ -87,6 +87,11 @@ def run_training(
     generator = TextGenerator(model, tokenizer, precision)
     for prompt in options.sample.prompts:
         check_room(model, len(generator.encode_prompt(prompt)), draws.max_new_tokens)
+    if training.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConfigurationError(
+            f"training.gradient_checkpointing: a model of type {model.config.model_type} does not "
+            "support it; leave it out"
+        )
     kernels = choose_kernels(model, device, strict=training.strict_kernels)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
