@@ -213,6 +213,23 @@ def test_compile(i3lm: Process, tiny_run: Path, tmp_path: Path):
     assert main(["generate", str(run), "--prompt", "Once", "--max-new-tokens", "5"]) == 0
 
 
+def test_compiling_without_a_compiler(
+    i3lm: Process, process_environment: dict[str, str], tmp_path: Path
+):
+    options = ["--training.compile", "true", "--training.max_steps", "1"]
+    # An empty cache, and nothing in the path.
+    environment = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    finished = i3lm(
+        "train", "--output", tmp_path / "run", *TINY_TRAINING, *options,
+        env={**process_environment, **environment},
+    )  # fmt: skip
+    assert finished.returncode == 2
+    last_line = finished.stderr.splitlines()[-1]
+    assert last_line.startswith("i3lm train: error: training.compile: torch.compile failed (")
+    assert last_line.endswith("); leave it out, or give it the C++ compiler that it needs on a CPU")
+    assert "Traceback" not in finished.stderr
+
+
 PEERS = {
     "llama": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
               "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32},

@@ -37,7 +37,8 @@ def evaluate(
             run with this fraction sets aside; 1 means all.
         context_length: Tokens per row; by default the model's context.
         batch_size: Rows per forward pass; it does not change the result.
-        device: cpu, cuda, mps, or auto for the fastest there is.
+        device: cpu, cuda (or one GPU by its number, such as cuda:1), mps, or auto for the fastest
+            there is.
         precision: fp32, bf16 or auto.
         json: Print the figures as one JSON object.
     """

@@ -27,7 +27,8 @@ def generate(
         top_k: Draw among this many likeliest tokens; 0 means all.
         top_p: Draw among the likeliest tokens that together have this probability.
         seed: Seed of the draws.
-        device: cpu, cuda, mps, or auto for the fastest there is.
+        device: cpu, cuda (or one GPU by its number, such as cuda:1), mps, or auto for the fastest
+            there is.
         precision: fp32, bf16 or auto.
         json: Print prompt, text, counts and time as one JSON object.
     """

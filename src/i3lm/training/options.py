@@ -95,13 +95,14 @@ class TrainingOptions:
         adam_beta2: AdamW's decay of the mean squared gradient.
         max_grad_norm: Gradients are scaled down to this norm; 0 turns it off.
         precision: fp32, bf16, or auto for bf16 where the processor multiplies it in hardware.
-        device: cpu, cuda, mps, or auto for the fastest there is.
+        device: cpu, cuda (or one GPU by its number, such as cuda:1), mps, or auto for the fastest
+            there is.
         strict_kernels: Refuse to train where a recurrence has no compiled kernel, instead of
             running its slower form.
         gradient_checkpointing: Keep only what enters each layer, and compute the rest again for
             the gradients: much less memory, about a third more time.
-        compile: Compile the model with torch.compile; the first steps then take minutes. On a CPU
-            it needs a C++ compiler.
+        compile: Compile the model with torch.compile; the first step then takes a minute or
+            more. On a CPU it needs a C++ compiler.
         seed: Seed of weights, order of rows, and draws.
         log_every: Steps between lines of the metrics file.
         evaluate_every: Steps between evaluations on the held-out text.

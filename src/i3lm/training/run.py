@@ -12,7 +12,7 @@ from transformers import TrainerCallback, default_data_collator
 
 from i3lm.data.tokens import ContiguousRows
 from i3lm.device import resolve_device, resolve_precision, seed_everything
-from i3lm.errors import CheckpointError, ConfigurationError, GenerationError
+from i3lm.errors import CheckpointError, ConfigurationError, GenerationError, KernelError
 from i3lm.files import write_folder
 from i3lm.inference import SamplingOptions, TextGenerator
 from i3lm.inference.loading import check_room, choose_context_length
@@ -152,6 +152,14 @@ def run_training(
         console.print(f"resuming from {checkpoint}", highlight=False, markup=False, soft_wrap=True)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = " ".join(str(error).split())[:200]
+            raise KernelError(
+                f"training.compile: torch.compile failed ({reason}); leave it out, or give it the "
+                "C++ compiler that it needs on a CPU"
+            ) from error
+        raise
     finally:
         progress.close()
     steps = trainer.state.global_step
