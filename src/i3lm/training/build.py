@@ -239,11 +239,12 @@ def make_model(
 def _is_causal(model: PreTrainedModel) -> bool:
     """Whether the last token leaves the logits before it alone; generates a few tokens as well."""
     model.eval()
-    ids = torch.arange(8).remainder(model.config.vocab_size).unsqueeze(0)
+    V, T = model.config.vocab_size, getattr(model.config, "max_position_embeddings", None) or 8
+    ids = torch.arange(min(T, 8)).remainder(V).unsqueeze(0)
     changed = ids.clone()
-    changed[0, -1] = 0
+    changed[0, -1] = (ids[0, -1] + 1) % V
     before, after = (model(input_ids=i, use_cache=False).logits[0] for i in (ids, changed))
-    model.generate(ids[:, :2], max_new_tokens=2, do_sample=False, eos_token_id=None)
+    model.generate(ids[:, :1], max_new_tokens=2, do_sample=False, eos_token_id=None)
     model.train()
     moved = (before - after)[:-1].abs().max()
     return bool(moved <= 1e-5 * before.abs().max())  # sums may differ in their last bits
