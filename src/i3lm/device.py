@@ -17,6 +17,8 @@ PRECISIONS = ("auto", "fp32", "bf16")
 def resolve_device(name: str = "auto") -> torch.device:
     """Gives the device to use: the named one, or for ``auto`` the fastest there is.
 
+    A GPU that is named by its number, such as ``cuda:1``, also becomes the current one.
+
     Raises:
         ConfigurationError: The name is unknown, or the device is not there.
     """
@@ -35,6 +37,12 @@ def resolve_device(name: str = "auto") -> torch.device:
     }
     if not there.get(device.type, False):
         raise ConfigurationError(f"device {name!r} is not available here: use auto or cpu")
+    if device.type == "cuda" and device.index is not None:
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            names = ", ".join(f"cuda:{index}" for index in range(count))
+            raise ConfigurationError(f"device {name!r} is not there: this machine has {names}")
+        torch.cuda.set_device(device)  # kernels are launched on the current device
     return device
 
 
