@@ -11,7 +11,12 @@ from rich.console import Console
 from transformers import TrainerCallback, default_data_collator
 
 from i3lm.data.tokens import ContiguousRows
-from i3lm.device import resolve_device, resolve_precision, seed_everything
+from i3lm.device import (
+    keep_freed_memory,
+    resolve_device,
+    resolve_precision,
+    seed_everything,
+)
 from i3lm.errors import CheckpointError, ConfigurationError, GenerationError, KernelError
 from i3lm.files import write_folder
 from i3lm.inference import SamplingOptions, TextGenerator
@@ -136,6 +141,8 @@ def run_training(
             )
         )
     seed_everything(training.seed)
+    if device.type == "cpu":
+        keep_freed_memory()
     trainer = I3Trainer(
         model=model,
         args=training_arguments(
