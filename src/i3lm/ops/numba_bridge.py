@@ -39,6 +39,24 @@ def as_arrays(*tensors: Tensor | None) -> list[np.ndarray]:
     return [nothing if x is None else x.detach().contiguous().numpy() for x in tensors]
 
 
+# A kernel keeps what one step touches as rows of one small array: a loop over many arrays that
+# might overlap does not vectorise (benchmarks/NOTES.md).
+
+
+@inlined()
+def load(work, row, source):
+    """Copies a vector into the beginning of a row of the working array."""
+    for i in range(source.shape[0]):
+        work[row, i] = source[i]
+
+
+@inlined()
+def store(target, work, row):
+    """Copies the beginning of a row of the working array into a vector."""
+    for i in range(target.shape[0]):
+        target[i] = work[row, i]
+
+
 def exp(x: Any) -> Any:
     """``e^x`` inside a kernel: float32 to 2 ulp in a form that vectorises, float64 by libm."""
     raise NotImplementedError("for use inside numba kernels")

@@ -13,7 +13,7 @@ from i3lm.ops.dispatch import Implementation, Op, accumulation_dtype, numba_refu
 from i3lm.ops.linear import linear
 
 # Logits that exist at one time, in bytes: large pieces make efficient matrix products.
-PIECE_BYTES = 64 * 2**20
+PIECE_BYTES = 96 * 2**20
 
 
 def _numba(*inputs: Any) -> tuple[Tensor, ...]:
@@ -140,8 +140,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
+        # A last loss is usually differentiated as it is: spare the copies then. An accelerator
+        # would stall for the comparison.
+        as_it_is = grad_loss.device.type == "cpu" and grad_loss.item() == 1
         grads = [
-            None if grad is None else (grad * grad_loss).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            grad if grad is None or as_it_is else grad * grad_loss for grad in ctx.saved_tensors
         ]
+        grads = [g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
         return (*grads, None, None, None, None)

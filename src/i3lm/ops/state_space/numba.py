@@ -13,36 +13,48 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from i3lm.ops.numba_bridge import as_arrays, compiled, match_threads
+from i3lm.ops.linear import linear
+from i3lm.ops.numba_bridge import as_arrays, compiled, inlined, load, match_threads, store
 
 _BLOCK = 128  # channels per task
+
+
+# Rows of a task's working array; loops run over all of `_BLOCK`, a length that the compiler knows.
+_AVERAGE, _MIX, _D, _X, _Y, _ADJOINT, _BEFORE, _SUM_MIX, _SUM_D, _GRAD_X = range(10)
+
+
+@inlined()
+def _mix_in(work):
+    for i in range(_BLOCK):
+        x = work[_X, i]
+        work[_AVERAGE, i] = work[_MIX, i] * (work[_AVERAGE, i] - x) + x
 
 
 @compiled()
 def _average_forward(x, mix, D, start, reset, mask, y, final):
     """Adds ``D * h_t`` to y."""
     B, T, C = x.shape
-    zero = x.dtype.type(0)
     blocks = (C + _BLOCK - 1) // _BLOCK
     for task in prange(B * blocks):
         b, low = task // blocks, (task % blocks) * _BLOCK
-        width = min(_BLOCK, C - low)
-        h = np.empty(_BLOCK, x.dtype)
-        for i in range(width):
-            h[i] = start[b, low + i]
+        high = min(low + _BLOCK, C)
+        work = np.zeros((10, _BLOCK), x.dtype)
+        load(work, _MIX, mix[low:high])
+        load(work, _D, D[low:high])
+        load(work, _AVERAGE, start[b, low:high])
         for t in range(T):
             if reset.size and reset[b, t]:
-                h[:] = zero
+                work[_AVERAGE] = 0
             if mask.size and not mask[b, t]:
-                for i in range(width):
-                    y[b, t, low + i] = zero
+                y[b, t, low:high] = 0
                 continue
-            for i in range(width):
-                c = low + i
-                h[i] = mix[c] * (h[i] - x[b, t, c]) + x[b, t, c]
-                y[b, t, c] += D[c] * h[i]
-        for i in range(width):
-            final[b, low + i] = h[i]
+            load(work, _X, x[b, t, low:high])
+            load(work, _Y, y[b, t, low:high])
+            _mix_in(work)
+            for i in range(_BLOCK):
+                work[_Y, i] += work[_D, i] * work[_AVERAGE, i]
+            store(y[b, t, low:high], work, _Y)
+        store(final[b, low:high], work, _AVERAGE)
 
 
 @compiled()
@@ -51,106 +63,104 @@ def _average_backward(
 ):
     """Adds to grad_x; writes the rest."""
     B, T, C = x.shape
-    zero = x.dtype.type(0)
     blocks = (C + _BLOCK - 1) // _BLOCK
     for task in prange(B * blocks):
         b, low = task // blocks, (task % blocks) * _BLOCK
-        width = min(_BLOCK, C - low)
-        before = np.empty((T, _BLOCK), x.dtype)  # h as each step finds it
-        h, adjoint = np.empty(_BLOCK, x.dtype), np.empty(_BLOCK, x.dtype)
-        sum_mix, sum_D = np.zeros(_BLOCK, x.dtype), np.zeros(_BLOCK, x.dtype)
-        for i in range(width):
-            h[i], adjoint[i] = start[b, low + i], grad_final[b, low + i]
+        high = min(low + _BLOCK, C)
+        work = np.zeros((10, _BLOCK), x.dtype)
+        averages = np.empty((T, _BLOCK), x.dtype)  # h as each step finds it
+        load(work, _MIX, mix[low:high])
+        load(work, _D, D[low:high])
+        load(work, _AVERAGE, start[b, low:high])
         for t in range(T):
             if reset.size and reset[b, t]:
-                h[:] = zero
-            for i in range(width):
-                before[t, i] = h[i]
+                work[_AVERAGE] = 0
+            store(averages[t], work, _AVERAGE)
             if not mask.size or mask[b, t]:
-                for i in range(width):
-                    c = low + i
-                    h[i] = mix[c] * (h[i] - x[b, t, c]) + x[b, t, c]
+                load(work, _X, x[b, t, low:high])
+                _mix_in(work)
+        load(work, _ADJOINT, grad_final[b, low:high])
         for step in range(T):
             t = T - 1 - step
             if not mask.size or mask[b, t]:
-                for i in range(width):
-                    c = low + i
-                    now = mix[c] * (before[t, i] - x[b, t, c]) + x[b, t, c]
-                    sum_D[i] += grad_y[b, t, c] * now
-                    adjoint[i] += D[c] * grad_y[b, t, c]
-                    sum_mix[i] += adjoint[i] * (before[t, i] - x[b, t, c])
-                    grad_x[b, t, c] += adjoint[i] - mix[c] * adjoint[i]
-                    adjoint[i] *= mix[c]
+                load(work, _X, x[b, t, low:high])
+                load(work, _Y, grad_y[b, t, low:high])
+                load(work, _GRAD_X, grad_x[b, t, low:high])
+                load(work, _BEFORE, averages[t])
+                for i in range(_BLOCK):
+                    m, d, g = work[_MIX, i], work[_D, i], work[_Y, i]
+                    gap = work[_BEFORE, i] - work[_X, i]
+                    adjoint = work[_ADJOINT, i] + d * g
+                    work[_SUM_D, i] += g * (m * gap + work[_X, i])
+                    work[_SUM_MIX, i] += adjoint * gap
+                    work[_GRAD_X, i] += adjoint - m * adjoint
+                    work[_ADJOINT, i] = m * adjoint
+                store(grad_x[b, t, low:high], work, _GRAD_X)
             if reset.size and reset[b, t]:
-                adjoint[:] = zero
-        for i in range(width):
-            c = low + i
-            grad_mix[b, c], grad_D[b, c], grad_start[b, c] = sum_mix[i], sum_D[i], adjoint[i]
+                work[_ADJOINT] = 0
+        store(grad_mix[b, low:high], work, _SUM_MIX)
+        store(grad_D[b, low:high], work, _SUM_D)
+        store(grad_start[b, low:high], work, _ADJOINT)
+
+
+@inlined()
+def _dot(matrix, row, work, vector):
+    """A row of a matrix times a row of the working array: a sum, which vectorises."""
+    total = work[vector, 0] * 0
+    for i in range(matrix.shape[1]):
+        total += matrix[row, i] * work[vector, i]
+    return total
 
 
 @compiled()
-def _hidden_forward(u, At, start, reset, mask, before, states, final):
+def _hidden_forward(u, A, start, reset, mask, before, states, final):
     """``s_t = A s_{t-1} + u_t``; keeps s_{t-1} as the step finds it, and s_t."""
     B, T, N = u.shape
-    zero = u.dtype.type(0)
     for b in prange(B):
-        s, moved = np.empty(N, u.dtype), np.empty(N, u.dtype)
-        for i in range(N):
-            s[i] = start[b, i]
+        work = np.zeros((2, N), u.dtype)  # the state, and the next one
+        load(work, 0, start[b])
         for t in range(T):
             if reset.size and reset[b, t]:
-                s[:] = zero
-            for i in range(N):
-                before[b, t, i] = s[i]
+                work[0] = 0
+            store(before[b, t], work, 0)
             if not mask.size or mask[b, t]:
                 for i in range(N):
-                    moved[i] = u[b, t, i]
-                for j in range(N):
-                    for i in range(N):
-                        moved[i] += At[j, i] * s[j]
-                s, moved = moved, s
-            for i in range(N):
-                states[b, t, i] = s[i]
-        for i in range(N):
-            final[b, i] = s[i]
+                    work[1, i] = u[b, t, i] + _dot(A, i, work, 0)
+                load(work, 0, work[1])
+            store(states[b, t], work, 0)
+        store(final[b], work, 0)
 
 
 @compiled()
-def _hidden_backward(grad_states, A, reset, mask, grad_final, adjoints, grad_start):
+def _hidden_backward(grad_states, At, reset, mask, grad_final, adjoints, grad_start):
     """The gradient of every ``A s_{t-1} + u_t``: zero at padded steps."""
     B, T, N = grad_states.shape
-    zero = grad_states.dtype.type(0)
     for b in prange(B):
-        adjoint, moved = np.empty(N, grad_states.dtype), np.empty(N, grad_states.dtype)
-        for i in range(N):
-            adjoint[i] = grad_final[b, i]
+        work = np.zeros((2, N), grad_states.dtype)  # the adjoint, and the one before it
+        load(work, 0, grad_final[b])
         for step in range(T):
             t = T - 1 - step
             if not mask.size or mask[b, t]:
                 for i in range(N):
-                    adjoint[i] += grad_states[b, t, i]
-                    adjoints[b, t, i] = adjoint[i]
-                    moved[i] = zero
-                for j in range(N):
-                    for i in range(N):
-                        moved[i] += A[j, i] * adjoint[j]
-                adjoint, moved = moved, adjoint
-            else:
+                    work[0, i] += grad_states[b, t, i]
+                store(adjoints[b, t], work, 0)
                 for i in range(N):
-                    adjoints[b, t, i] = zero
+                    work[1, i] = _dot(At, i, work, 0)
+                load(work, 0, work[1])
+            else:
+                adjoints[b, t] = 0
             if reset.size and reset[b, t]:
-                adjoint[:] = zero
-        for i in range(N):
-            grad_start[b, i] = adjoint[i]
+                work[0] = 0
+        store(grad_start[b], work, 0)
 
 
 def _hidden_states(
     x: Tensor, A: Tensor, B: Tensor, hidden: Tensor, reset: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s_{t-1} as each step finds it, s_t (both (B, T, N)), and the last s (B, N)."""
-    u = x @ B.T
+    u = linear(x, B)
     before, states, last = torch.empty_like(u), torch.empty_like(u), hidden.new_empty(hidden.shape)
-    _hidden_forward(*as_arrays(u, A.T, hidden, reset, mask, before, states, last))
+    _hidden_forward(*as_arrays(u, A, hidden, reset, mask, before, states, last))
     return before, states, last
 
 
@@ -170,7 +180,7 @@ def state_space_numba(
     last_average = average.new_empty(average.shape)
     match_threads()
     _, states, last_hidden = _hidden_states(x, A, B, hidden, reset, mask)
-    y = states @ C.T
+    y = linear(states, C)
     _average_forward(*as_arrays(x, mix, D, average, reset, mask, y, last_average))
     return y, torch.cat([last_average, last_hidden], dim=1)
 
@@ -198,9 +208,9 @@ def state_space_numba_backward(
     before, states, _ = _hidden_states(x, A, B, hidden, reset, mask)
     adjoints, start_hidden = torch.empty_like(states), hidden.new_empty(hidden.shape)
     _hidden_backward(
-        *as_arrays(grad_output @ C, A, reset, mask, grad_hidden, adjoints, start_hidden)
+        *as_arrays(linear(grad_output, C.T), A.T, reset, mask, grad_hidden, adjoints, start_hidden)
     )
-    grad_x, start_average = adjoints @ B, average.new_empty(average.shape)
+    grad_x, start_average = linear(adjoints, B.T), average.new_empty(average.shape)
     grad_mix, grad_D = (x.new_empty(x.shape[0], x.shape[2]) for _ in range(2))
     inputs = (x, mix, D, average, reset, mask, grad_output, grad_average)
     _average_backward(*as_arrays(*inputs, grad_x, grad_mix, grad_D, start_average))
@@ -208,9 +218,9 @@ def state_space_numba_backward(
     return (
         grad_x,
         grad_mix.sum(0),
-        flat.T @ before.flatten(0, 1),
-        flat.T @ x.flatten(0, 1),
-        grad_output.flatten(0, 1).T @ states.flatten(0, 1),
+        linear(flat.T, before.flatten(0, 1).T),
+        linear(flat.T, x.flatten(0, 1).T),
+        linear(grad_output.flatten(0, 1).T, states.flatten(0, 1).T),
         grad_D.sum(0),
         torch.cat([start_average, start_hidden], dim=1),
     )

@@ -15,7 +15,7 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from i3lm.ops.numba_bridge import as_arrays, compiled, exp, inlined, match_threads
+from i3lm.ops.numba_bridge import as_arrays, compiled, exp, inlined, load, match_threads, store
 from i3lm.ops.wkv.reference import EMPTY_EXPONENT
 
 _BLOCK = 128  # channels per task: long enough runs for the prefetcher, few enough for the cache
@@ -31,40 +31,58 @@ def _weights(a, b, one):
     return smaller, one, b
 
 
+# Rows of a task's working array. Loops run over all of `_BLOCK`, a length that the compiler knows;
+# channels past the last one compute on zeros.
+_NUM, _DEN, _TOP, _DECAY, _FIRST, _KEY, _VALUE, _OUTPUT = range(8)
+_GRAD, _GRAD_KEY, _GRAD_VALUE, _SUM_DECAY, _SUM_FIRST = range(8, 13)
+_PAST_NUM, _PAST_DEN, _PAST_TOP = range(13, 16)
+
+
+@inlined()
+def _empty(work):
+    for i in range(_BLOCK):
+        work[_NUM, i], work[_DEN, i], work[_TOP, i] = 0, 0, EMPTY_EXPONENT
+
+
+@inlined()
+def _add_token(work, one):
+    for i in range(_BLOCK):
+        key = work[_KEY, i]
+        past, now, top = _weights(work[_DECAY, i] + work[_TOP, i], key, one)
+        work[_NUM, i] = past * work[_NUM, i] + now * work[_VALUE, i]
+        work[_DEN, i] = past * work[_DEN, i] + now
+        work[_TOP, i] = top
+
+
 @compiled()
 def _forward(key, value, decay, first, state, reset, mask, output, final):
     B, T, C = key.shape
-    real = key.dtype.type
-    zero, one, empty = real(0), real(1), real(EMPTY_EXPONENT)
+    one = key.dtype.type(1)
     blocks = (C + _BLOCK - 1) // _BLOCK
     for task in prange(B * blocks):
         b, low = task // blocks, (task % blocks) * _BLOCK
-        width = min(_BLOCK, C - low)
-        num, den = np.empty(_BLOCK, key.dtype), np.empty(_BLOCK, key.dtype)
-        top = np.empty(_BLOCK, key.dtype)
-        for i in range(width):
-            num[i], den[i] = state[b, 0, low + i], state[b, 1, low + i]
-            top[i] = state[b, 2, low + i]
+        high = min(low + _BLOCK, C)
+        work = np.zeros((16, _BLOCK), key.dtype)
+        load(work, _DECAY, decay[low:high])
+        load(work, _FIRST, first[low:high])
+        for row in range(3):
+            load(work, _NUM + row, state[b, row, low:high])
         for t in range(T):
             if reset.size and reset[b, t]:
-                for i in range(width):
-                    num[i], den[i], top[i] = zero, zero, empty
+                _empty(work)
             if mask.size and not mask[b, t]:
-                for i in range(width):
-                    output[b, t, low + i] = zero
+                output[b, t, low:high] = 0
                 continue
-            for i in range(width):
-                c = low + i
-                k, v, p = key[b, t, c], value[b, t, c], top[i]
-                past, now, _ = _weights(first[c] + p, k, one)
-                output[b, t, c] = (past * num[i] + now * v) / (past * den[i] + now)
-                past, now, p = _weights(decay[c] + p, k, one)
-                num[i] = past * num[i] + now * v
-                den[i] = past * den[i] + now
-                top[i] = p
-        for i in range(width):
-            final[b, 0, low + i], final[b, 1, low + i] = num[i], den[i]
-            final[b, 2, low + i] = top[i]
+            load(work, _KEY, key[b, t, low:high])
+            load(work, _VALUE, value[b, t, low:high])
+            for i in range(_BLOCK):
+                past, now, _ = _weights(work[_FIRST, i] + work[_TOP, i], work[_KEY, i], one)
+                num = past * work[_NUM, i] + now * work[_VALUE, i]
+                work[_OUTPUT, i] = num / (past * work[_DEN, i] + now)
+            _add_token(work, one)
+            store(output[b, t, low:high], work, _OUTPUT)
+        for row in range(3):
+            store(final[b, row, low:high], work, _NUM + row)
 
 
 @compiled()
@@ -74,76 +92,78 @@ def _backward(
 ):  # fmt: skip
     """See README.md beside this file for the adjoint recurrence."""
     B, T, C = key.shape
-    real = key.dtype.type
-    zero, one, empty = real(0), real(1), real(EMPTY_EXPONENT)
+    one = key.dtype.type(1)
     blocks = (C + _BLOCK - 1) // _BLOCK
     for task in prange(B * blocks):
         b, low = task // blocks, (task % blocks) * _BLOCK
-        width = min(_BLOCK, C - low)
-        # The sums before every step, as the step sees them.
-        nums, dens = np.empty((T, _BLOCK), key.dtype), np.empty((T, _BLOCK), key.dtype)
-        tops = np.empty((T, _BLOCK), key.dtype)
-        num, den = np.empty(_BLOCK, key.dtype), np.empty(_BLOCK, key.dtype)
-        top = np.empty(_BLOCK, key.dtype)
-        for i in range(width):
-            num[i], den[i] = state[b, 0, low + i], state[b, 1, low + i]
-            top[i] = state[b, 2, low + i]
+        high = min(low + _BLOCK, C)
+        work = np.zeros((16, _BLOCK), key.dtype)
+        sums = np.empty((T, 3, _BLOCK), key.dtype)  # before every step, as the step sees them
+        load(work, _DECAY, decay[low:high])
+        load(work, _FIRST, first[low:high])
+        for row in range(3):
+            load(work, _NUM + row, state[b, row, low:high])
         for t in range(T):
             if reset.size and reset[b, t]:
-                for i in range(width):
-                    num[i], den[i], top[i] = zero, zero, empty
-            for i in range(width):
-                nums[t, i], dens[t, i], tops[t, i] = num[i], den[i], top[i]
+                _empty(work)
+            for row in range(3):
+                store(sums[t, row], work, _NUM + row)
             if mask.size and not mask[b, t]:
                 continue
-            for i in range(width):
-                k = key[b, t, low + i]
-                past, now, p = _weights(decay[low + i] + top[i], k, one)
-                num[i] = past * num[i] + now * value[b, t, low + i]
-                den[i] = past * den[i] + now
-                top[i] = p
+            load(work, _KEY, key[b, t, low:high])
+            load(work, _VALUE, value[b, t, low:high])
+            _add_token(work, one)
 
-        # The adjoint of the sums after each step, scaled by e^top of its own.
-        sum_decay, sum_first = np.zeros(_BLOCK, key.dtype), np.zeros(_BLOCK, key.dtype)
-        for i in range(width):
-            num[i], den[i] = grad_final[b, 0, low + i], grad_final[b, 1, low + i]
-            top[i] = -top[i]
+        # From here on num and den are the adjoint of the sums after each step, scaled by e^top.
+        load(work, _NUM, grad_final[b, 0, low:high])
+        load(work, _DEN, grad_final[b, 1, low:high])
+        for i in range(_BLOCK):
+            work[_TOP, i] = -work[_TOP, i]
         for step in range(T):
             t = T - 1 - step
             if mask.size and not mask[b, t]:
-                for i in range(width):
-                    grad_key[b, t, low + i] = zero
-                    grad_value[b, t, low + i] = zero
+                grad_key[b, t, low:high] = 0
+                grad_value[b, t, low:high] = 0
             else:
-                for i in range(width):
-                    c = low + i
-                    k, v, w, u = key[b, t, c], value[b, t, c], decay[c], first[c]
-                    n, d, p = nums[t, i], dens[t, i], tops[t, i]
+                load(work, _KEY, key[b, t, low:high])
+                load(work, _VALUE, value[b, t, low:high])
+                load(work, _GRAD, grad_output[b, t, low:high])
+                for row in range(3):
+                    load(work, _PAST_NUM + row, sums[t, row])
+                for i in range(_BLOCK):
+                    k, v, w, u = work[_KEY, i], work[_VALUE, i], work[_DECAY, i], work[_FIRST, i]
+                    n, d, p = work[_PAST_NUM, i], work[_PAST_DEN, i], work[_PAST_TOP, i]
+                    num, den, top = work[_NUM, i], work[_DEN, i], work[_TOP, i]
                     past, now, scale = _weights(u + p, k, one)
                     below = one / (past * d + now)
                     y = (past * n + now * v) * below
-                    g = grad_output[b, t, c] * below
+                    g = work[_GRAD, i] * below
                     h = -g * y
-                    reach = exp(k + top[i])
-                    grad_value[b, t, c] = now * g + reach * num[i]
-                    grad_key[b, t, c] = now * g * (v - y) + reach * (num[i] * v + den[i])
-                    sum_first[i] += past * (n * g + d * h)
-                    sum_decay[i] += exp(w + p + top[i]) * (n * num[i] + d * den[i])
-                    past, now, q = _weights(w + top[i], u - scale, one)
-                    num[i] = past * num[i] + now * g
-                    den[i] = past * den[i] + now * h
-                    top[i] = q
+                    reach = exp(k + top)
+                    work[_GRAD_VALUE, i] = now * g + reach * num
+                    work[_GRAD_KEY, i] = now * g * (v - y) + reach * (num * v + den)
+                    work[_SUM_FIRST, i] += past * (n * g + d * h)
+                    work[_SUM_DECAY, i] += exp(w + p + top) * (n * num + d * den)
+                    past, now, top = _weights(w + top, u - scale, one)
+                    work[_NUM, i] = past * num + now * g
+                    work[_DEN, i] = past * den + now * h
+                    work[_TOP, i] = top
+                store(grad_key[b, t, low:high], work, _GRAD_KEY)
+                store(grad_value[b, t, low:high], work, _GRAD_VALUE)
             if reset.size and reset[b, t]:
-                for i in range(width):
-                    num[i], den[i], top[i] = zero, zero, empty
-        for i in range(width):
-            c = low + i
-            reach = exp(state[b, 2, c] + top[i])
-            grad_state[b, 0, c], grad_state[b, 1, c] = reach * num[i], reach * den[i]
-            grad_state[b, 2, c] = (
-                state[b, 0, c] * grad_state[b, 0, c] + state[b, 1, c] * grad_state[b, 1, c]
-            )
-            grad_decay[b, c], grad_first[b, c] = sum_decay[i], sum_first[i]
+                _empty(work)
+        for row in range(3):
+            load(work, _PAST_NUM + row, state[b, row, low:high])
+        for i in range(_BLOCK):
+            reach = exp(work[_PAST_TOP, i] + work[_TOP, i])
+            work[_NUM, i] *= reach
+            work[_DEN, i] *= reach
+            weighted = work[_PAST_NUM, i] * work[_NUM, i]
+            work[_TOP, i] = weighted + work[_PAST_DEN, i] * work[_DEN, i]
+        for row in range(3):
+            store(grad_state[b, row, low:high], work, _NUM + row)
+        store(grad_decay[b, low:high], work, _SUM_DECAY)
+        store(grad_first[b, low:high], work, _SUM_FIRST)
 
 
 def wkv_numba(
