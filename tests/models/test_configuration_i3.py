@@ -10,7 +10,8 @@ from i3lm.models.i3 import I3Config
 from i3lm.models.i3.configuration_i3 import expand_layer_pattern
 
 L, F, H = "linear_attention", "full_attention", "hybrid"
-FORM = "is not of the form 'N x TYPE' with TYPE one of linear_attention, full_attention, hybrid"
+TYPES = "linear_attention, full_attention, sliding_attention, hybrid"
+FORM = f"is not of the form 'N x TYPE' with TYPE one of {TYPES}"
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_patterns_name_layers_from_the_bottom(pattern: str, expected: list[str])
         ("0 x hybrid", "0 x hybrid"),
         ("-1 x hybrid", "-1 x hybrid"),
         ("hybrid x 2", "hybrid x 2"),
-        ("sliding_attention", "sliding_attention"),
+        ("chunked_attention", "chunked_attention"),
     ],
 )
 def test_a_bad_pattern_is_refused_with_its_part(pattern: str, part: str):
@@ -87,9 +88,8 @@ WHOLE = "must be a whole number of at least 1"
             "leave it out and it follows",
         ),
         (
-            {"layer_types": ["sliding_attention"]},
-            "layer_types ('sliding_attention') must be one of "
-            "linear_attention, full_attention, hybrid",
+            {"layer_types": ["chunked_attention"]},
+            f"layer_types ('chunked_attention') must be one of {TYPES}",
         ),
         ({"recurrence": "mamba"}, "recurrence ('mamba') must be one of rwkv4, state_space"),
         ({"recurrence": ""}, "recurrence ('') must be one of rwkv4, state_space"),

@@ -23,8 +23,9 @@ def generate(model: I3ForCausalLM, ids: Tensor, new: int, **options: Any) -> Ten
 
 def continue_by_hand(model: I3ForCausalLM, ids: Tensor, new: int) -> Tensor:
     """The likeliest tokens, each from a full pass over the last tokens that fit."""
+    limit = model.config.position_limit or 0  # [:, -0:] is all
     for _ in range(new):
-        window = ids[:, -model.config.max_position_embeddings :]
+        window = ids[:, -limit:]
         with torch.no_grad():
             best = model(window, use_cache=False).logits[:, -1].argmax(dim=-1, keepdim=True)
         ids = torch.cat([ids, best], dim=1)
