@@ -466,3 +466,77 @@ def test_training_makes_no_cache():
     assert model(ids).past_key_values is None
     assert model.eval()(ids).past_key_values is not None
     assert model(ids, use_cache=False).past_key_values is None
+
+
+def band(T: int, window: int, padding: Tensor) -> Tensor:
+    """What each token may see: the last `window` real ones, bool, (B, 1, T, T)."""
+    query, key = torch.arange(T)[:, None], torch.arange(T)
+    near = (key <= query) & (key > query - window)
+    # Padding has to see something, and nobody looks at what it sees.
+    return (near & (key >= padding[:, None, None, None])) | torch.eye(T, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("window", [2, 5, 14, 40])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 6)], ids=["whole", "padded"])
+@pytest.mark.parametrize("position", ["learned", "rope", "none"])
+def test_sliding_attention_trains_as_full_attention_with_a_band(
+    window: int, padding: tuple[int, int], position: str
+):
+    kind, ids, starts = "all attention", draw_ids(2, 14), torch.tensor(padding)
+    full = make_model(kind, position_embedding_type=position).double().train()
+    sliding = I3ForCausalLM(
+        make_config(
+            kind,
+            layer_types="2 x sliding_attention",
+            sliding_window=window,
+            position_embedding_type=position,
+        )
+    )
+    sliding.double().train().load_state_dict(full.state_dict())
+    mask = (torch.arange(14) >= starts[:, None]).long()
+    labels = torch.where(mask.bool(), ids, -100)
+    labels[:, : starts.max() + 1] = -100
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    expected = full(
+        ids, attention_mask=band(14, window, starts), position_ids=positions, labels=labels
+    )
+    output = sliding(ids, attention_mask=mask if max(padding) else None, labels=labels)
+    # The same sums in float64.
+    exact = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(output.logits[mask.bool()], expected.logits[mask.bool()], **exact)
+    expected.loss.backward()
+    output.loss.backward()
+    for (name, one), other in zip(sliding.named_parameters(), full.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, **exact, msg=name)
+
+
+@pytest.mark.parametrize("kind", UNLIMITED)
+def test_texts_may_be_longer_than_what_the_model_is_made_for(kind: str):
+    model, ids = make_model(kind), draw_ids(2, 60)
+    with torch.no_grad():
+        whole = model(ids).logits
+    torch.testing.assert_close(read_in_pieces(model, ids, [31] + [1] * 29), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "sliding rope", "sliding none"])
+def test_a_sliding_layer_keeps_no_more_keys_than_its_window_shows(kind: str):
+    model, ids = make_model(kind), draw_ids(1, 20)
+    cache = model(ids, use_cache=True).past_key_values
+    for _ in range(3):
+        for layer, layer_type in zip(cache.layers, model.config.layer_types, strict=True):
+            if layer_type == "sliding_attention":
+                assert layer.keys.shape[2] == layer.values.shape[2] == 4  # and the next is 5
+        model(ids[:, :1], past_key_values=cache)
+    assert cache.get_seq_length() == 23
+
+
+@pytest.mark.parametrize("kind", ["sliding rope", "sliding none", "all rwkv4 none"])
+def test_thousands_of_tokens_decode_as_one_pass_reads_them(kind: str):
+    model, ids = make_model(kind), draw_ids(1, 3000)
+    with torch.no_grad():
+        for mixer in layers_of(model, HybridMixer):
+            mixer.mix.clamp_(0, 0.99)  # a running average above 1 grows without bound
+        whole = model(ids).logits
+    decoded = read_in_pieces(model, ids, [1] * 3000)
+    # The states of 3,000 steps, summed in another order.
+    torch.testing.assert_close(decoded, whole, **CLOSE)

@@ -383,3 +383,9 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
         else:
             weight = head.weight
         return linear_cross_entropy(hidden, weight, head.bias, shift_labels.flatten())
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Writes weights, configuration and generation settings into a folder."""
+        # Settings marked as made from a configuration lose context_overflow when read back.
+        self.generation_config._from_model_config = None
+        super().save_pretrained(*args, **kwargs)
