@@ -51,5 +51,22 @@ def test_longer_than_the_context(tiny_run: Path, capsys: pytest.CaptureFixture[s
     assert generate(capsys, tiny_run, "--max_new_tokens", "80")["new_tokens"] == 80
 
 
+def test_policies_past_the_context(tiny_run: Path, capsys: pytest.CaptureFixture[str]):
+    texts = {
+        overflow: generate(
+            capsys, tiny_run, "--max-new-tokens", "80", "--temperature", "0",
+            "--context-overflow", overflow,
+        )["text"]
+        for overflow in ("window", "shift")
+    }  # fmt: skip
+    fits = generate(capsys, tiny_run, "--max-new-tokens", "28", "--temperature", "0")["text"]
+    assert {len(text) for text in texts.values()} == {80}
+    assert all(text.startswith(fits) for text in texts.values())
+    assert (
+        generate(capsys, tiny_run, "--max-new-tokens", "80", "--temperature", "0")["text"]
+        == texts["window"]
+    )
+
+
 def test_bf16(tiny_run: Path, capsys: pytest.CaptureFixture[str]):
     assert generate(capsys, tiny_run, "--precision", "bf16")["new_tokens"] == 100

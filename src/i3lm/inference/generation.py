@@ -206,10 +206,11 @@ class TextGenerator:
     def stream(self, prompt: str, options: SamplingOptions) -> Iterator[str]:
         """Yields the text that `complete` gives, one piece per token, as the tokens come.
 
-        With `max_new_tokens` None it ends at an end token only. A token costs the same
-        however many came before, in time and in memory (`generate` copies the whole text for
-        each), for models whose positions do not end and whose attention slides, and for learned
-        positions with ``shift`` or ``window``. A piece is empty while a character is unfinished.
+        With `max_new_tokens` None it ends at an end token only. A token costs the same time
+        and memory however many came before (`generate` copies the whole text for each), where
+        positions do not end and attention slides, and with learned positions by ``shift`` and
+        ``window``. A piece is empty while a character is unfinished; one that the last token
+        leaves unfinished is left out.
 
         Args:
             prompt: The text to continue.

@@ -202,25 +202,25 @@ class I3Model(I3PreTrainedModel):
         assert inputs_embeds is not None
         T = inputs_embeds.shape[1]
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        kind = self.config.position_embedding_type
-        if position_ids is None and kind != "none":
+        positions = self.config.position_embedding_type
+        if position_ids is None and positions != "none":
             position_ids = self._positions(attention_mask, seen, T, inputs_embeds.device)
             self._check_length(seen + T, attention_mask)
 
         padding_mask = self._padding_mask(attention_mask, T)
         causal_masks = self._causal_masks(inputs_embeds, attention_mask, past_key_values)
         hidden_states, rotation = inputs_embeds, None
-        if kind == "learned":
+        if positions == "learned":
             hidden_states = inputs_embeds + self.embed_positions(position_ids)
-        elif kind == "rope":
+        elif positions == "rope":
             exact = inputs_embeds.dtype == torch.float64
             rotation = self.rotary_embedding(
                 position_ids, torch.float64 if exact else torch.float32
             )
-        for layer in self.layers:
+        for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
             hidden_states = layer(
                 hidden_states,
-                causal_mask=causal_masks.get(layer.layer_type),
+                causal_mask=causal_masks.get(kind),
                 padding_mask=padding_mask,
                 past_key_values=past_key_values,
                 rotation=rotation,
