@@ -131,6 +131,20 @@ def test_several_samples_of_one_prompt():
 
 
 @every_kind
+@both_policies
+def test_several_sequences_of_padded_prompts_past_the_context(kind: str, overflow: str):
+    model, ids = make_model(kind), draw_ids(2, 9)
+    options = {
+        "attention_mask": (torch.arange(9) >= torch.tensor([[0], [4]])).long(),
+        "context_overflow": overflow,
+    }
+    expected = generate(model, ids, 40, **options)
+    # Of one token there is one choice.
+    drawn = generate(model, ids, 40, do_sample=True, top_k=1, num_return_sequences=3, **options)
+    assert torch.equal(drawn, expected.repeat_interleave(3, dim=0))
+
+
+@every_kind
 def test_a_row_stops_at_its_end_token(kind: str):
     model, prompt = make_model(kind), draw_ids(2, 5)
     free = generate(model, prompt, 12)

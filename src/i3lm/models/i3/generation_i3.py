@@ -168,10 +168,10 @@ class I3GenerationMixin(GenerationMixin):
             width, embeds = held + 1, None
             input_ids = input_ids[:, -1:]
         else:
-            if cache is not None:
-                cache.reset()
             width = max(visible)
             input_ids, embeds = self._last(input_ids, inputs_embeds, columns, width)
+            if cache is not None:
+                cache.reset()
         return super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=cache,

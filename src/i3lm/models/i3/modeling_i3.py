@@ -235,9 +235,9 @@ class I3Model(I3PreTrainedModel):
         self, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None
     ) -> dict[str, Tensor | None]:
         """What each token may see, (B, 1, T, S), by type of layer; None is the causal rule."""
-        kinds = set(self.config.layer_types or ()) - {"linear_attention"}
         if attention_mask is None and inputs_embeds.shape[1] == 1:
             return {}  # one token sees all that the cache holds
+        kinds = set(self.config.layer_types or ()) - {"linear_attention"}
         arguments = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
