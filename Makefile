@@ -20,6 +20,9 @@ endif
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q
 
+# What a failed command left behind, such as half of a venv's Python, must not count as made.
+.DELETE_ON_ERROR:
+
 .PHONY: help install quickstart test test-slow lint clean
 
 help:

@@ -2,9 +2,10 @@
 
     python benchmarks/training_step.py --preset i3-80m --original PATH_OF_OPEN_I3 --peer gpt2
 
-A step is forward, loss, backward, clipping and AdamW. The contestants take turns in one process.
-Before timing, the loss and gradient norm of our step are held against those of the same weights
-with reference kernels and the plain loss. Peak memory comes from one process per contestant.
+A step is forward, loss, backward, clipping and AdamW. Each contestant has a process, and they take
+turns. Before timing, the loss and gradient norm of our step are held against those of the same
+weights with reference kernels and the plain loss. The original runs as released, which is float32,
+and for bf16 once more under autocast; the peer runs in our precision.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from measuring import (
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from i3lm.device import keep_freed_memory
 from i3lm.ops.dispatch import use_implementation
 from i3lm.planning import count_parameters, training_flops_per_token
 from i3lm.presets import load_preset
@@ -97,7 +99,9 @@ def check(options) -> None:
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
     plain.loss = plain_loss
-    with use_implementation(wkv="reference", state_space="reference"):
+    with use_implementation(
+        wkv="reference", state_space="reference", causal_attention="torch", linear="torch"
+    ):
         expected = plain()
     got = fast()
     tolerance = 2e-2 if options.precision == "bf16" else 1e-4
@@ -154,14 +158,63 @@ def peer(options) -> Step:
     return Step(model, loss, options.precision, model.parameters(), fused=True)
 
 
-CONTESTANTS = {"ours": ours, "original": original, "peer": peer}
+CONTESTANTS = {"ours": ours, "original": original, "original-bf16": original, "peer": peer}
 
 
-def peak_memory(name: str) -> float:
-    """Peak resident MiB of a process that runs two steps of one contestant."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])["peak_mib"]
+class Contestant:
+    """A process that runs steps when told to, so that allocator and threads are its own."""
+
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._answer()  # built, and warm
+
+    def __call__(self) -> None:
+        """Runs a step in its process."""
+        self._ask("step")
+
+    def finish(self) -> dict[str, float]:
+        """Ends the process; gives its peak memory and profile."""
+        return json.loads(self._ask("finish"))
+
+    def _ask(self, what: str) -> str:
+        assert self.process.stdin is not None
+        print(what, file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("answer "):  # libraries print lines of their own
+                return line.removeprefix("answer ")
+        raise SystemExit("a contestant ended early; its message stands above")
+
+
+def contest(name: str, options) -> None:
+    """Answers questions about one contestant on standard input, in a process of its own."""
+    if name == "ours":
+        keep_freed_memory()  # as `i3lm train` does
+    elif name == "original":
+        options.precision = "fp32"  # as released
+    step = CONTESTANTS[name](options)
+    for _ in range(2):
+        step()
+    print("answer ready", flush=True)
+    for question in sys.stdin:
+        if question.strip() == "step":
+            step()
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            print("answer done", flush=True)
+            continue
+        if options.device == "cuda":
+            figures = {"peak_mib": round(torch.cuda.max_memory_allocated() / 2**20)}
+        else:
+            figures = {"peak_mib": round(peak_resident_mib()), "matmul_share": matmul_share(step)}
+        print("answer", json.dumps(figures), flush=True)
+        return
 
 
 def matmul_share(step: Step) -> float:
@@ -171,7 +224,10 @@ def matmul_share(step: Step) -> float:
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         step()
     events = recorded.key_averages()
-    matmul = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product")
+    matmul = (
+        "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product",
+        "mkldnn::_linear_pointwise",
+    )  # fmt: skip
     total = sum(event.self_cpu_time_total for event in events)
     return round(sum(e.self_cpu_time_total for e in events if e.key.startswith(matmul)) / total, 3)
 
@@ -187,49 +243,37 @@ def main() -> int:
     parser.add_argument("--original", help="path of a checkout of open-i3")
     parser.add_argument("--peer", choices=("gpt2",))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--output", help="append the JSON line to this file")
     parser.add_argument("--only", choices=tuple(CONTESTANTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     if options.only:
-        step = CONTESTANTS[options.only](options)
-        step()
-        step()
-        if options.device == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        else:
-            peak = peak_resident_mib()
-        print(json.dumps({"peak_mib": round(peak)}))
+        contest(options.only, options)
         return 0
 
     check(options)
     names = ["ours"]
-    names += ["original"] if options.original else []
+    if options.original:
+        names += ["original", *(["original-bf16"] if options.precision == "bf16" else [])]
     names += ["peer"] if options.peer else []
-    steps = {name: CONTESTANTS[name](options) for name in names}
-    seconds = time_alternating(steps, options.repeats)
+    contestants = {name: Contestant(name) for name in names}
+    seconds = time_alternating(contestants, options.repeats)
     tokens = options.batch * options.context
-    ceiling = matmul_flops(options.precision, options.device)
+    config = load_preset(options.preset).config(max_position_embeddings=options.context)
     results = {}
     for name in names:
         figures = summary(seconds[name])
         figures["tokens_per_second"] = round(1e3 * tokens / figures["median_ms"])
-        if options.device == "cpu":
-            figures["matmul_share"] = matmul_share(steps[name])
-        flops = training_flops_per_token(steps["ours"].model.config, options.context)
-        if name == "ours":
-            rate = flops * figures["tokens_per_second"]
-            figures["share_of_measured_matmul_peak"] = round(rate / ceiling, 3)
         if name != "ours":
             figures["ours_is_times_faster"] = median_ratio(seconds[name], seconds["ours"])
-        results[name] = figures
-    del steps
-    if not options.no_memory:
-        for name in names:
-            results[name]["peak_mib"] = peak_memory(name)
+        results[name] = figures | contestants[name].finish()
+    # With the machine at rest: the ceiling is what the products of the step are held against.
+    ceiling = matmul_flops(options.precision, options.device)
+    flops = training_flops_per_token(config, options.context)
+    rate = flops * results["ours"]["tokens_per_second"]
+    results["ours"]["share_of_measured_matmul_peak"] = round(rate / ceiling, 3)
     for name, figures in results.items():
-        print(f"{name:>9}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+        print(f"{name:>13}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
     setting = {
         key: vars(options)[key] for key in ("preset", "batch", "context", "precision", "device")
     }

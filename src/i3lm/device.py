@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import sys
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 def resolve_device(name: str = "auto") -> torch.device:
     """Gives the device to use: the named one, or for ``auto`` the fastest there is.
+
+    A GPU that is named by its number, such as ``cuda:1``, also becomes the current one.
 
     Raises:
         ConfigurationError: The name is unknown, or the device is not there.
@@ -33,6 +37,12 @@ def resolve_device(name: str = "auto") -> torch.device:
     }
     if not there.get(device.type, False):
         raise ConfigurationError(f"device {name!r} is not available here: use auto or cpu")
+    if device.type == "cuda" and device.index is not None:
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            names = ", ".join(f"cuda:{index}" for index in range(count))
+            raise ConfigurationError(f"device {name!r} is not there: this machine has {names}")
+        torch.cuda.set_device(device)  # kernels are launched on the current device
     return device
 
 
@@ -64,3 +74,23 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries draw from the global generator)
     torch.manual_seed(seed)
+
+
+def keep_freed_memory() -> bool:
+    """Makes the C library keep large freed blocks for the next step instead of returning them.
+
+    glibc maps every block beyond 32 MiB afresh, and the kernel then clears it page by page at
+    first touch: a third of a training step on a CPU (benchmarks/NOTES.md). For the whole process,
+    and only on Linux with glibc.
+
+    Returns:
+        Whether it took effect.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # from malloc.h
+    return bool(mallopt(mmap_threshold, most) and mallopt(trim_threshold, most))

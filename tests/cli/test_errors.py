@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -230,6 +231,67 @@ def test_missing_yaml(refuses, tmp_path: Path):
 
 # Models and tokenizers
 
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (
+            {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1},
+            [],
+            "a model of type mamba sets no context length: give training.context_length",
+        ),
+        (
+            {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "intermediate_size": 32},
+            [],
+            "a model of type bert with these fields sees the tokens that it is to predict: choose "
+            "a causal one (some types have a field is_decoder to set)",
+        ),
+        (
+            {"model_type": "rwkv", "hidden_size": 16, "num_hidden_layers": 1},
+            [],
+            "a model of type rwkv with these fields does not run: division by zero; change "
+            "model.config",
+        ),
+        (
+            GPT2,
+            [],
+            "max_new_tokens (20) must be at most 16 after a prompt of 17 tokens: this gpt2 model "
+            "has 32 positions",
+        ),
+        (
+            {"model_type": "ctrl", "n_embd": 16, "n_layer": 1, "n_head": 2, "dff": 32},
+            ["--training.gradient_checkpointing", "true", "--training.context_length", "8"],
+            "training.gradient_checkpointing: a model of type ctrl does not support it; leave it "
+            "out",
+        ),
+    ],
+    ids=["no context", "not causal", "fields", "positions", "checkpointing"],
+)  # fmt: skip
+def test_peers(refuses, config: dict, options: list[str], message: str):
+    prompts = ["--sample.prompts", '["Once upon a time,"]']
+    refuses([*TRAIN, "--model.config", json.dumps(config), *prompts, *options], message)
+
+
+def test_generating_past_the_positions_of_a_peer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    options = ["--model.config", json.dumps(GPT2), "--training.max_steps", "1"]
+    options += ["--sample.every", "0", "--sample.prompts", "[]"]
+    assert main(["train", "--output", str(run), *TINY_TRAINING, *options]) == 0
+    capsys.readouterr()
+    generate = ["generate", str(run), "--prompt", "Once"]
+    assert main([*generate, "--max-new-tokens", "29"]) == 0
+    capsys.readouterr()
+    assert main([*generate, "--max-new-tokens", "30"]) == 2
+    assert capsys.readouterr().err == (
+        "i3lm generate: error: max_new_tokens (30) must be at most 29 after a prompt of 4 tokens: "
+        "this gpt2 model has 32 positions\n"
+    )
+
 
 @pytest.mark.parametrize(
     ("config", "message"),
@@ -246,8 +308,8 @@ def test_missing_yaml(refuses, tmp_path: Path):
         ),
         (
             {"model_type": "gtp2"},
-            "unknown model_type 'gtp2': use i3, or a causal model that transformers knows, such "
-            "as gpt2",
+            "model_type 'gtp2' is unknown: use i3, or a causal model that transformers knows, such "
+            "as gpt2 or llama",
         ),
     ],
 )
@@ -281,8 +343,8 @@ def test_presets(refuses):
     [
         (
             ["--training.context_length", "64"],
-            "training.context_length (64) is more than the model's max_position_embeddings (32): "
-            "lower the one or raise the other",
+            "training.context_length (64) must be between 1 and the model's "
+            "max_position_embeddings (32)",
         ),
         (
             ["--tokenizer.source", "bpe", "--tokenizer.vocab_size", "50"],
@@ -558,6 +620,48 @@ def test_damaged_checkpoint_to_resume_from(
         )
 
 
+def test_figures_of_the_best_model_that_cannot_be_read(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "best" / "evaluation.json").write_text("{")
+    assert main(["train", "--output", str(run), "--resume", *TINY_TRAINING]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"i3lm train: error: {run}/best/evaluation.json: is damaged, so the best loss of the run "
+        f"is unknown; remove {run}/best to keep the next best model"
+    )
+
+
+# What the machine refuses
+
+
+def test_an_error_that_is_not_of_the_output_names_its_own_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(self, index: int):
+        raise OSError(5, "Input/output error", "rows.bin")
+
+    monkeypatch.setattr("i3lm.data.tokens.ContiguousRows.__getitem__", fail)
+    assert main(["train", "--output", str(tmp_path / "out"), *TINY_TRAINING]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "i3lm train: error: [Errno 5] Input/output error: 'rows.bin'; --debug shows where"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_standard_output_that_cannot_be_written(process_environment: dict[str, str]):
+    with open("/dev/full", "w") as full:
+        finished = subprocess.run(
+            [sys.executable, "-m", "i3lm", "models", "--json"],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=process_environment, timeout=60,
+        )  # fmt: skip
+    assert finished.stderr.splitlines()[0] == (
+        "i3lm models: error: [Errno 28] No space left on device; --debug shows where"
+    )
+    assert "Traceback" not in finished.stderr
+
+
 # As processes
 
 
@@ -613,6 +717,8 @@ def resume_from_30(run: Path, tiny_run: Path) -> dict[str, str]:
     """Makes a folder as it was at step 30; gives the digests of its best model."""
     later = shutil.ignore_patterns("checkpoint-[456]0", "last")
     shutil.copytree(tiny_run, run, ignore=later)
+    figures = run / "best" / "evaluation.json"  # any later model is then better
+    figures.write_text(json.dumps({**json.loads(figures.read_text()), "loss": 99.0}))
     return snapshot(run / "best")
 
 
@@ -646,8 +752,8 @@ def assert_failed_save(
         (
             60_000,
             10,
-            ": cannot be written: no space is left on the disk, or for this process; free some "
-            "or write elsewhere",
+            "/checkpoints/checkpoint-40: cannot be written: no space is left on the disk, or for "
+            "this process; free some or write elsewhere",
         ),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from i3lm.cli import main
-from tests.conftest import Process
+from tests.conftest import TINY_TRAINING, Process
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,11 +50,32 @@ def test_shorter_context_scores_worse(tiny_run: Path, capsys: pytest.CaptureFixt
 def test_text(tiny_run: Path, capsys: pytest.CaptureFixture[str]):
     figures = evaluate(capsys, tiny_run, *STORIES)
     assert main(["evaluate", str(tiny_run), *STORIES]) == 0
-    assert capsys.readouterr().out == (
-        f"loss {figures['loss']:.4f} nats per token, perplexity {figures['perplexity']:,.2f}, "
+    assert capsys.readouterr().out.startswith(
+        f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:,.2f}, "
         f"bits per byte {figures['bits_per_byte']:.4f}\n"
-        f"{figures['tokens']:,} tokens, {figures['bytes']:,} bytes in 32 documents, context 32\n"
+        f"{figures['tokens']:,} tokens, {figures['bytes']:,} bytes in 32 documents, context 32; "
+        "loss in nats per token\n"
     )
+    assert not figures["lowercases"]
+
+
+def test_it_says_what_bits_per_byte_leave_out(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "text.txt").write_text("Once 你好\n")
+    data = ["--data", str(tmp_path / "text.txt")]
+    assert evaluate(capsys, tiny_run, *data)["unknown_tokens"] == 2
+    assert main(["evaluate", str(tiny_run), *data]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "note: <UNK> stands 2 times for text that the tokenizer cannot write, so bits per byte "
+        "leave that text out"
+    )
+    train = ["train", "--output", str(tmp_path / "run"), *TINY_TRAINING, "--sample.every", "0"]
+    assert main([*train, "--tokenizer.lowercase", "true", "--training.max_steps", "1"]) == 0
+    capsys.readouterr()
+    assert evaluate(capsys, tmp_path / "run", *STORIES)["lowercases"]
+    assert main(["evaluate", str(tmp_path / "run"), *STORIES]) == 0
+    assert "note: the tokenizer lower-cases the text, so" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from i3lm.cli import main
+from i3lm.layers import CausalSelfAttention
 from tests.conftest import TINY_MODEL, TINY_TRAINING, Process
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,6 +146,114 @@ def test_intervals_may_change_when_resuming(tiny_run: Path, tmp_path: Path):
     assert [step for step, _ in held_out_losses(run) if step > 50] == [52, 56, 60]
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["training"]["evaluate_every"] == 4
+
+
+def test_resuming_before_the_first_checkpoint_repeats_no_sample(tiny_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoints", "last"))
+    assert main(["train", "--output", str(run), "--resume", *TINY_TRAINING]) == 0
+    assert_same_run(run, tiny_run)
+
+
+def test_a_resumed_run_keeps_a_better_model_that_it_does_not_meet_again(
+    tiny_run: Path, tmp_path: Path
+):
+    run = tmp_path / "run"
+    # It was killed after step 60, where it evaluated, and before it saved checkpoint 60.
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoint-60", "last"))
+    best = run / "best" / "evaluation.json"
+    kept = json.loads(best.read_text())
+    assert kept["loss"] == min(loss for _, loss in held_out_losses(tiny_run))
+    best.write_text(json.dumps({**kept, "loss": kept["loss"] / 2}))  # a loss never met again
+    weights = (run / "best" / "model.safetensors").read_bytes()
+    changed = ["--training.evaluate_every", "55"]
+    assert main(["train", "--output", str(run), "--resume", *TINY_TRAINING, *changed]) == 0
+    assert [step for step, _ in held_out_losses(run) if step > 50] == [55, 60]
+    assert (run / "best" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_model_tells_its_figures(tiny_run: Path):
+    for part in ("best", "last"):
+        figures = json.loads((tiny_run / part / "evaluation.json").read_text())
+        record = next(
+            r for r in read_records(tiny_run) if r["step"] == figures["step"] and "eval_loss" in r
+        )
+        for name in ("loss", "perplexity", "bits_per_byte"):
+            assert figures[name] == record[f"eval_{name}"]
+
+
+def test_gradient_checkpointing(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    passes = 0
+
+    def count(self, *arguments, **settings):
+        nonlocal passes
+        passes += self.training
+        return forward(self, *arguments, **settings)
+
+    forward = CausalSelfAttention.forward
+    monkeypatch.setattr(CausalSelfAttention, "forward", count)
+    run = tmp_path / "run"
+    options = ["--training.gradient-checkpointing", "true", "--training.max-steps", "4"]
+    assert main(["train", "--output", str(run), *TINY_TRAINING, *options]) == 0
+    assert passes == 4 * 2  # the one layer of attention is computed once more for its gradients
+    # The same operations on the same numbers, computed twice; the rate is still warming up.
+    assert losses(run) == {step: losses(tiny_run)[step] for step in range(1, 5)}
+
+
+@pytest.mark.slow
+def test_compile(i3lm: Process, tiny_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    options = ["--training.compile", "true", "--training.max_steps", "4"]
+    finished = i3lm("train", "--output", run, *TINY_TRAINING, *options, timeout=250)
+    assert finished.returncode == 0, finished.stderr
+    for step, loss in losses(run).items():
+        # Fused operations round elsewhere; four steps of Adam at 0.01 carry that on.
+        assert loss == pytest.approx(losses(tiny_run)[step], abs=1e-3)
+    # The saved model is the plain one.
+    assert main(["generate", str(run), "--prompt", "Once", "--max-new-tokens", "5"]) == 0
+
+
+def test_compiling_without_a_compiler(
+    i3lm: Process, process_environment: dict[str, str], tmp_path: Path
+):
+    options = ["--training.compile", "true", "--training.max_steps", "1"]
+    # An empty cache, and nothing in the path.
+    environment = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    finished = i3lm(
+        "train", "--output", tmp_path / "run", *TINY_TRAINING, *options,
+        env={**process_environment, **environment},
+    )  # fmt: skip
+    assert finished.returncode == 2
+    last_line = finished.stderr.splitlines()[-1]
+    assert last_line.startswith("i3lm train: error: training.compile: torch.compile failed (")
+    assert last_line.endswith("); leave it out, or give it the C++ compiler that it needs on a CPU")
+    assert "Traceback" not in finished.stderr
+
+
+PEERS = {
+    "llama": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32},
+    "gpt_neox": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+                 "num_attention_heads": 2, "max_position_embeddings": 32},
+    "mamba2": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "num_heads": 4,
+               "head_dim": 8, "n_groups": 1},
+    "rwkv": {"hidden_size": 16, "num_hidden_layers": 2, "context_length": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", PEERS)
+def test_a_peer_of_another_architecture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str
+):
+    run = tmp_path / "run"
+    config = json.dumps({"model_type": model_type, **PEERS[model_type]})
+    options = ["--training.max_steps", "10", "--training.context_length", "32"]
+    options += ["--sample.every", "0", "--sample.max_new_tokens", "5", "--model.config", config]
+    assert main(["train", "--output", str(run), "--json", *TINY_TRAINING, *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["after"]["loss"] < result["before"]["loss"] - 0.1
+    assert f"A {model_type} model" in (run / "best" / "README.md").read_text()
+    assert main(["generate", str(run), "--prompt", "Once", "--max-new-tokens", "5"]) == 0
 
 
 def test_interrupt(process_environment: dict[str, str], tmp_path: Path):

@@ -104,6 +104,8 @@ def test_missing_columns():
         ("a.txt", b"caf\xe9", r"a.txt: is not UTF-8 \(byte 0xe9 cannot be decoded\); convert it"),
         ("a.jsonl", b'{"text": "\xe9"}', r"a.jsonl: is not UTF-8 \(byte 0xe9"),
         ("a.jsonl", b'{"text": "a"}\n{"te', r"a.jsonl, line 2: is not JSON \(.*\); each line must"),
+        ("a.jsonl", b"9" * 5000, r"a.jsonl, line 1: is not JSON \(Exceeds the limit .*; each line"),
+        ("a.jsonl", b"[" * 99_999, r"a.jsonl, line 1: is not JSON \(.+\); each line"),
         ("a.jsonl", b"[1]", r"a.jsonl, line 1: holds list, not an object with a 'text' field"),
         ("a.parquet", b"PAR1 cut", r"a.parquet: is not a readable parquet file \("),
         ("a.csv", b"a,b", r"a.csv: unknown file type '.csv'; known: .txt, .jsonl, .parquet"),
@@ -137,3 +139,47 @@ def test_read_errors_are_reported(monkeypatch: pytest.MonkeyPatch):
     message = r"a.txt: cannot be read \(Permission denied\); check the file"
     with pytest.raises(DataError, match=message):
         read("a.txt")
+    monkeypatch.undo()
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(DataError, match=message):
+        read("a.txt")
+
+
+def damaged(content: bytes, start: int, end: int) -> bytes:
+    return content[:start] + b"\xff" * (end - start) + content[end:]
+
+
+def test_parquet_that_is_damaged_inside():
+    words = [f"word {n} " * 20 for n in range(2000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": words}), "a.parquet", compression="snappy")
+    whole = Path("a.parquet").read_bytes()
+    for start, end in ((4, 40), (1000, 3000), (len(whole) - 300, len(whole) - 8)):
+        Path("a.parquet").write_bytes(damaged(whole, start, end))
+        with pytest.raises(DataError, match=r"^a.parquet: is not a readable parquet file \(.+\)$"):
+            read("a.parquet")
+
+
+def test_parquet_whose_text_is_not_utf8():
+    column = pyarrow.array([b"one", b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), "a.parquet")
+    message = r"a.parquet: column 'text' holds text that is not UTF-8 \(byte 0xe9 cannot be dec"
+    with pytest.raises(DataError, match=message):
+        read("a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("records", "problem"), [(2, "stopped after 2 records"), (0, "could not be opened")]
+)
+def test_a_hub_stream_that_breaks(monkeypatch: pytest.MonkeyPatch, records: int, problem: str):
+    def stream(name: str, *, split: str, streaming: bool):
+        for n in range(records):
+            yield {"text": f"document {n}"}
+        raise ConnectionError("the network went away")
+
+    monkeypatch.setattr("datasets.load_dataset", stream)
+    message = rf"a/b: {problem} on the Hub \(split 'train'\): the network went away; check the"
+    with pytest.raises(DataError, match=message):
+        read("a/b")
+    documents = read_documents("a/b")
+    assert [next(documents) for _ in range(records)] == [f"document {n}" for n in range(records)]

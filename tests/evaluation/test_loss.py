@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from i3lm.data.tokens import TokenizedText, tokenize_documents
 from i3lm.errors import DataError
 from i3lm.evaluation import evaluate_text
+from i3lm.models.i3 import I3Config, I3ForCausalLM
+from i3lm.ops.cross_entropy import PIECE_BYTES
 from i3lm.tokenizers import train_tokenizer
 
 
@@ -79,3 +82,68 @@ def test_model_goes_back_to_training():
 def test_too_short():
     with pytest.raises(DataError, match=r"the text has 0 bytes in 1 tokens, too few"):
         evaluate_text(Bigram([[1.0]]), text_of([0], 0), context_length=1)
+
+
+# Loss in pieces
+
+
+def i3_and_its_logits(**fields: object) -> tuple[I3ForCausalLM, nn.Module]:
+    """A model, and the same one hidden behind a call that gives only its logits."""
+    torch.manual_seed(0)
+    model = I3ForCausalLM(I3Config(hidden_size=16, num_attention_heads=2, **fields))
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.model(input_ids, use_cache=use_cache).logits)
+
+    return model, Plain()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layer_types": "linear_attention, full_attention"},
+        {"layer_types": "hybrid", "recurrence": "state_space", "low_rank": 4},
+    ],
+    ids=["rwkv4", "low_rank"],
+)
+def test_an_i3_model_scores_the_same_in_pieces(fields: dict, precision: str):
+    model, plain = i3_and_its_logits(vocab_size=53, max_position_embeddings=16, **fields)
+    tokens = np.random.default_rng(0).integers(0, 53, 300).tolist()
+    settings = {"context_length": 16, "batch_size": 4, "precision": precision}
+    pieces, whole = (evaluate_text(m, text_of(tokens, 500), **settings) for m in (model, plain))
+    assert pieces.tokens == whole.tokens
+    # Both take softmax and loss in float32, of the same logits; only the sums' order differs.
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert pieces.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that an operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, Tensor):
+            self.elements = max(self.elements, output.numel())
+        return output
+
+
+def test_an_i3_model_never_holds_all_logits():
+    V, B, T = 60_000, 32, 16
+    fields = {"layer_types": "linear_attention", "max_position_embeddings": T}
+    model, plain = i3_and_its_logits(vocab_size=V, **fields)
+    text = text_of([n % V for n in range(B * T + 1)], 1_000)
+    largest = {}
+    for name, scored in (("pieces", model), ("plain", plain)):
+        with LargestTensor() as seen:
+            evaluate_text(scored, text, context_length=T, batch_size=B)
+        largest[name] = seen.elements
+    assert largest["plain"] == B * T * V
+    assert 4 * largest["pieces"] <= PIECE_BYTES

@@ -88,6 +88,11 @@ WHOLE = "must be a whole number of at least 1"
         ({"num_hidden_layers": 0}, f"num_hidden_layers (0) {WHOLE}"),
         ({"low_rank": 0}, "low_rank (0) must be at least 1, or null for none"),
         ({"low_rank": -2}, "low_rank (-2) must be at least 1, or null for none"),
+        ({"layer_norm_eps": -1e-5}, "layer_norm_eps (-1e-05) must be a number above 0"),
+        ({"layer_norm_eps": 0.0}, "layer_norm_eps (0.0) must be a number above 0"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps (nan) must be a number above 0"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps ('small') must be a number above 0"),
+        ({"initializer_range": -0.02}, "initializer_range (-0.02) must be a number above 0"),
         (
             {"hidden_size": 512, "num_attention_heads": 5},
             "num_attention_heads (5) must divide hidden_size (512)",

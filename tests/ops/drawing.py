@@ -17,14 +17,15 @@ MARKS = {
 }
 
 
-def dtypes_on_cpu(op: Op) -> dict[str, torch.dtype]:
-    """The implementations that run on a CPU, each with the most exact dtype it accepts."""
-    cpu, dtypes = torch.device("cpu"), {}
-    for implementation in op.implementations:
-        for dtype in (torch.float32, torch.float64):
-            if implementation.refuses(cpu, dtype) is None:
-                dtypes[implementation.name] = dtype
-    return dtypes
+def cases_on_cpu(op: Op) -> list[tuple[str, torch.dtype]]:
+    """The implementations that run on a CPU, each with every dtype that it computes in."""
+    cpu = torch.device("cpu")
+    return [
+        (implementation.name, dtype)
+        for implementation in op.implementations
+        for dtype in (torch.float64, torch.float32)
+        if implementation.refuses(cpu, dtype) is None
+    ]
 
 
 def make_generator(*numbers: int) -> torch.Generator:

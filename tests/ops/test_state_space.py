@@ -14,25 +14,28 @@ from tests.ops.drawing import (
     MARKS,
     assert_all_close,
     assert_close,
+    cases_on_cpu,
     cut_marks,
     draw_marks,
-    dtypes_on_cpu,
     gradients,
     make_generator,
 )
 
-# Every implementation is held to the truth in the most exact dtype it accepts.
-DTYPES = dtypes_on_cpu(STATE_SPACE)
-FAST_NAMES = [name for name in DTYPES if name != "reference"]
+# Every implementation is held to the truth in every dtype that it computes in.
+CASES = cases_on_cpu(STATE_SPACE)
+NAMES = list(dict(CASES))
+FAST_CASES = [case for case in CASES if case[0] != "reference"]
 # float64 has 16 digits and float32 has 7; hundreds of steps of sums, and gradients of parameters
 # that add up over all steps, cost some of them.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5}
 INPUTS = ["x", "mix", "A", "B", "C", "D", "state"]
 
-every_implementation = pytest.mark.parametrize("name", DTYPES)
+every_implementation = pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 
 
-def draw(name: str, B: int, T: int, C: int, N: int, generator: torch.Generator) -> list[Tensor]:
+def draw(
+    dtype: torch.dtype, B: int, T: int, C: int, N: int, generator: torch.Generator
+) -> list[Tensor]:
     """Inputs, parameters with a transition that neither explodes nor vanishes, and a state."""
 
     def normal(*shape: int) -> Tensor:
@@ -49,12 +52,12 @@ def draw(name: str, B: int, T: int, C: int, N: int, generator: torch.Generator) 
         normal(C),
         normal(B, C + N),
     ]
-    return [x.to(DTYPES[name]) for x in tensors]
+    return [x.to(dtype) for x in tensors]
 
 
-def assert_exact(name: str, got: Tensor, expected: Tensor):
-    """Compares within the tolerance of the implementation's dtype."""
-    assert_close(got, expected, TOLERANCES[DTYPES[name]])
+def assert_exact(dtype: torch.dtype, got: Tensor, expected: Tensor):
+    """Compares within the tolerance of a dtype."""
+    assert_close(got, expected, TOLERANCES[dtype])
 
 
 def draw_weights(inputs: list[Tensor], generator: torch.Generator) -> list[Tensor]:
@@ -69,30 +72,30 @@ def draw_weights(inputs: list[Tensor], generator: torch.Generator) -> list[Tenso
 
 @every_implementation
 @pytest.mark.parametrize("case", ["small", "long", "one"])
-def test_numbers_of_the_original(name: str, case: str):
+def test_numbers_of_the_original(name: str, dtype: torch.dtype, case: str):
     tensors = read_tensors("ops", f"hybrid.{case}.")
     names = ["x", "w_mix", "A", "B", "C", "D"]
-    leaves = [tensors[n].to(DTYPES[name]).requires_grad_() for n in names]
+    leaves = [tensors[n].to(dtype).requires_grad_() for n in names]
     output, _ = state_space(*leaves, implementation=name)
-    assert_exact(name, output, tensors["y"])
+    assert_exact(dtype, output, tensors["y"])
     grads = torch.autograd.grad((output * tensors["grad_y"]).sum(), leaves, materialize_grads=True)
     expected = [tensors[f"grad_{n}"] for n in names]
-    assert_all_close(list(grads), expected, names, TOLERANCES[DTYPES[name]])
+    assert_all_close(list(grads), expected, names, TOLERANCES[dtype])
 
 
 @every_implementation
-def test_two_steps_by_hand(name: str):
+def test_two_steps_by_hand(name: str, dtype: torch.dtype):
     # One channel, one state: mix 1/4, A 1/2, B 3, C 2, D 10; inputs 4 and 8.
     values = ([[[4.0], [8.0]]], [0.25], [[0.5]], [[3.0]], [[2.0]], [10.0])
-    inputs = [torch.tensor(v, dtype=DTYPES[name]) for v in values]
+    inputs = [torch.tensor(v, dtype=dtype) for v in values]
     output, state = state_space(*inputs, implementation=name)
     # Averages: 3/4 * 4 = 3, then 1/4 * 3 + 3/4 * 8 = 6.75. States: 12, then 6 + 24 = 30.
     # Outputs: 2 * 12 + 10 * 3 and 2 * 30 + 10 * 6.75.
-    assert_exact(name, output, torch.tensor([[[54.0], [127.5]]]))
-    assert_exact(name, state, torch.tensor([[6.75, 30.0]]))
+    assert_exact(dtype, output, torch.tensor([[[54.0], [127.5]]]))
+    assert_exact(dtype, state, torch.tensor([[6.75, 30.0]]))
 
 
-@pytest.mark.parametrize("name", FAST_NAMES)
+@pytest.mark.parametrize(("name", "dtype"), FAST_CASES, ids=str)
 @pytest.mark.parametrize("with_state", [False, True], ids=["empty", "state"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("marks", MARKS)
@@ -101,27 +104,40 @@ def test_two_steps_by_hand(name: str):
     [(2, 0, 3, 2), (2, 1, 3, 2), (3, 2, 1, 1), (1, 63, 5, 3), (2, 64, 3, 7), (3, 65, 2, 5)],
 )
 def test_agrees_with_the_reference(
-    name: str, B: int, T: int, C: int, N: int, marks: str, reverse: bool, with_state: bool
+    name: str,
+    dtype: torch.dtype,
+    B: int,
+    T: int,
+    C: int,
+    N: int,
+    marks: str,
+    reverse: bool,
+    with_state: bool,
 ):
-    check_against_reference(name, (B, T, C, N), marks, reverse, with_state)
+    check_against_reference(name, dtype, (B, T, C, N), marks, reverse, with_state)
 
 
-@pytest.mark.parametrize("name", FAST_NAMES)
+@pytest.mark.parametrize(("name", "dtype"), FAST_CASES, ids=str)
 @pytest.mark.parametrize(
     ("marks", "reverse", "with_state"),
     [("plain", False, False), ("reset and mask", True, True)],
 )
 def test_agrees_with_the_reference_over_700_steps(
-    name: str, marks: str, reverse: bool, with_state: bool
+    name: str, dtype: torch.dtype, marks: str, reverse: bool, with_state: bool
 ):
-    check_against_reference(name, (1, 700, 3, 5), marks, reverse, with_state)
+    check_against_reference(name, dtype, (1, 700, 3, 5), marks, reverse, with_state)
 
 
 def check_against_reference(
-    name: str, sizes: tuple[int, int, int, int], marks: str, reverse: bool, with_state: bool
+    name: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    marks: str,
+    reverse: bool,
+    with_state: bool,
 ):
     generator = make_generator(*sizes, reverse, with_state)
-    inputs = draw(name, *sizes, generator)[: 7 if with_state else 6]
+    inputs = draw(dtype, *sizes, generator)[: 7 if with_state else 6]
     options = {**draw_marks(marks, *sizes[:2], generator), "reverse": reverse}
     weights = draw_weights(inputs, generator)
 
@@ -134,20 +150,20 @@ def check_against_reference(
 
     expected = run("reference", [x.double() for x in inputs])
     got = run(name, inputs)
-    assert_all_close(got[0], expected[0], ["output", "state"], TOLERANCES[DTYPES[name]])
-    assert_all_close(got[1], expected[1], INPUTS[: len(inputs)], TOLERANCES[DTYPES[name]])
+    assert_all_close(got[0], expected[0], ["output", "state"], TOLERANCES[dtype])
+    assert_all_close(got[1], expected[1], INPUTS[: len(inputs)], TOLERANCES[dtype])
 
 
 @every_implementation
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_pieces_with_the_state_give_the_whole(name: str, data: st.DataObject):
+def test_pieces_with_the_state_give_the_whole(name: str, dtype: torch.dtype, data: st.DataObject):
     B, C, N = (data.draw(st.integers(1, 4)) for _ in range(3))
     T = data.draw(st.integers(0, 40))
     cut = data.draw(st.integers(0, T))
     marks_kind, reverse = data.draw(st.sampled_from(sorted(MARKS))), data.draw(st.booleans())
     generator = make_generator(B, C, N, T, cut)
-    x, *parameters, state = draw(name, B, T, C, N, generator)
+    x, *parameters, state = draw(dtype, B, T, C, N, generator)
     marks = draw_marks(marks_kind, B, T, generator)
     options = {"reverse": reverse, "implementation": name}
 
@@ -159,14 +175,14 @@ def test_pieces_with_the_state_give_the_whole(name: str, data: st.DataObject):
             x[:, piece], *parameters, state, **cut_marks(marks, piece), **options
         )
         outputs.append(output)
-    assert_exact(name, torch.cat(outputs[::-1] if reverse else outputs, dim=1), whole)
-    assert_exact(name, state, last)
+    assert_exact(dtype, torch.cat(outputs[::-1] if reverse else outputs, dim=1), whole)
+    assert_exact(dtype, state, last)
 
 
 @every_implementation
 @pytest.mark.parametrize("reverse", [False, True])
-def test_later_steps_do_not_change_earlier_ones(name: str, reverse: bool):
-    inputs = draw(name, 2, 30, 3, 4, make_generator(2))
+def test_later_steps_do_not_change_earlier_ones(name: str, dtype: torch.dtype, reverse: bool):
+    inputs = draw(dtype, 2, 30, 3, 4, make_generator(2))
     before, _ = state_space(*inputs, reverse=reverse, implementation=name)
     changed = slice(None, 11) if reverse else slice(19, None)
     kept = slice(11, None) if reverse else slice(19)
@@ -178,20 +194,20 @@ def test_later_steps_do_not_change_earlier_ones(name: str, reverse: bool):
 
 
 @every_implementation
-def test_a_packed_document_equals_it_alone(name: str):
-    x, *parameters, state = draw(name, 2, 23, 3, 4, make_generator(3))
+def test_a_packed_document_equals_it_alone(name: str, dtype: torch.dtype):
+    x, *parameters, state = draw(dtype, 2, 23, 3, 4, make_generator(3))
     reset = torch.zeros(2, 23, dtype=torch.bool)
     reset[:, 7] = True
     packed, last = state_space(x, *parameters, state, reset=reset, implementation=name)
     alone, last_alone = state_space(x[:, 7:], *parameters, implementation=name)
-    assert_exact(name, packed[:, 7:], alone)
-    assert_exact(name, last, last_alone)
+    assert_exact(dtype, packed[:, 7:], alone)
+    assert_exact(dtype, last, last_alone)
 
 
 @every_implementation
 @pytest.mark.parametrize("padded", [range(4), range(9, 14), range(5, 9), range(14)])
-def test_padded_steps_leave_no_trace(name: str, padded: range):
-    x, *parameters, state = draw(name, 2, 14, 3, 4, make_generator(4))
+def test_padded_steps_leave_no_trace(name: str, dtype: torch.dtype, padded: range):
+    x, *parameters, state = draw(dtype, 2, 14, 3, 4, make_generator(4))
     mask = torch.ones(2, 14, dtype=torch.bool)
     mask[:, padded] = False
     x[~mask] = 1e6  # whatever stands there
@@ -199,15 +215,15 @@ def test_padded_steps_leave_no_trace(name: str, padded: range):
     real = [t for t in range(14) if t not in padded]
     expected, last_expected = state_space(x[:, real], *parameters, state, implementation=name)
     assert torch.equal(output[:, padded], torch.zeros(2, len(padded), 3).to(output))
-    assert_exact(name, output[:, real], expected)
-    assert_exact(name, last, last_expected)
+    assert_exact(dtype, output[:, real], expected)
+    assert_exact(dtype, last, last_expected)
 
 
 @every_implementation
 @pytest.mark.parametrize("marks", MARKS)
-def test_reverse_is_the_flipped_sequence(name: str, marks: str):
+def test_reverse_is_the_flipped_sequence(name: str, dtype: torch.dtype, marks: str):
     generator = make_generator(5)
-    x, *rest = draw(name, 2, 20, 3, 4, generator)
+    x, *rest = draw(dtype, 2, 20, 3, 4, generator)
     drawn = draw_marks(marks, 2, 20, generator)
     flipped = {n: None if mark is None else mark.flip(1) for n, mark in drawn.items()}
     output, last = state_space(x, *rest, **drawn, reverse=True, implementation=name)
@@ -219,8 +235,10 @@ def test_reverse_is_the_flipped_sequence(name: str, marks: str):
 @every_implementation
 @pytest.mark.parametrize("transition", ["zero", "nilpotent", "rotation", "identity"])
 @pytest.mark.parametrize("mix", [0.0, 1e-30, 0.999999, 1.0])
-def test_extreme_memories_stay_exact_in_float32(name: str, transition: str, mix: float):
-    x, _, _, *rest = (t.float() for t in draw(name, 2, 70, 2, 3, make_generator(6)))
+def test_extreme_memories_stay_exact_in_float32(
+    name: str, dtype: torch.dtype, transition: str, mix: float
+):
+    x, _, _, *rest = (t.float() for t in draw(dtype, 2, 70, 2, 3, make_generator(6)))
     A = {
         "zero": torch.zeros(3, 3),
         "nilpotent": torch.tensor([[0.0, 1e4, 0.0], [0.0, 0.0, 1e4], [0.0, 0.0, 0.0]]),
@@ -245,7 +263,7 @@ def test_extreme_memories_stay_exact_in_float32(name: str, transition: str, mix:
     assert_all_close(got[1], expected[1], INPUTS, 1e-5)
 
 
-@every_implementation
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
@@ -258,7 +276,7 @@ def test_extreme_memories_stay_exact_in_float32(name: str, transition: str, mix:
     ids=["bfloat16", "float16", "float32"],
 )
 def test_runs_in_float32_whatever_the_inputs(name: str, dtype: torch.dtype, tolerance: float):
-    x, *rest = (t.float() for t in draw(name, 2, 40, 3, 4, make_generator(8)))
+    x, *rest = (t.float() for t in draw(torch.float32, 2, 40, 3, 4, make_generator(8)))
     x = x.to(dtype)
     output, last = state_space(x, *rest, implementation=name)
     assert output.dtype == dtype
@@ -269,16 +287,18 @@ def test_runs_in_float32_whatever_the_inputs(name: str, dtype: torch.dtype, tole
     assert_close(last, last_expected, 1e-5)  # in float32 in all cases
 
 
-@pytest.mark.parametrize("name", [n for n in DTYPES if DTYPES[n] == torch.float64])
+@pytest.mark.parametrize("name", [name for name, dtype in CASES if dtype == torch.float64])
 def test_float64_inputs_have_a_float64_state(name: str):
-    output, last = state_space(*draw(name, 2, 5, 3, 4, make_generator(9)), implementation=name)
+    output, last = state_space(
+        *draw(torch.float64, 2, 5, 3, 4, make_generator(9)), implementation=name
+    )
     assert output.dtype == last.dtype == torch.float64
 
 
 @every_implementation
-def test_strides_do_not_matter(name: str):
+def test_strides_do_not_matter(name: str, dtype: torch.dtype):
     generator = make_generator(10)
-    inputs = draw(name, 2, 30, 4, 3, generator)
+    inputs = draw(dtype, 2, 30, 4, 3, generator)
     weights = draw_weights(inputs, generator)
 
     def strided(x: Tensor) -> Tensor:
@@ -292,13 +312,13 @@ def test_strides_do_not_matter(name: str):
     expected = gradients(lambda *leaves: state_space(*leaves, implementation=name), inputs, weights)
     assert not any(strided(x).is_contiguous() for x in inputs)
     got = gradients(function, inputs, weights)
-    assert_all_close(got[0], expected[0], ["output", "state"], TOLERANCES[DTYPES[name]])
-    assert_all_close(got[1], expected[1], INPUTS, TOLERANCES[DTYPES[name]])
+    assert_all_close(got[0], expected[0], ["output", "state"], TOLERANCES[dtype])
+    assert_all_close(got[1], expected[1], INPUTS, TOLERANCES[dtype])
 
 
-@every_implementation
+@pytest.mark.parametrize("name", NAMES)
 def test_autocast_does_not_reach_the_recurrence(name: str):
-    inputs = [t.float() for t in draw(name, 2, 30, 4, 3, make_generator(11))]
+    inputs = [t.float() for t in draw(torch.float32, 2, 30, 4, 3, make_generator(11))]
     plain, last_plain = state_space(*inputs, implementation=name)
     with torch.autocast("cpu", torch.bfloat16):
         output, last = state_space(*inputs, implementation=name)
@@ -307,9 +327,11 @@ def test_autocast_does_not_reach_the_recurrence(name: str):
 
 
 # Not for the reference, whose backward pass is autograd's own and follows autocast.
-@pytest.mark.parametrize("name", FAST_NAMES)
+@pytest.mark.parametrize("name", list(dict(FAST_CASES)))
 def test_autocast_does_not_reach_the_backward_pass(name: str):
-    inputs = [t.float().requires_grad_() for t in draw(name, 2, 30, 4, 3, make_generator(14))]
+    inputs = [
+        t.float().requires_grad_() for t in draw(torch.float32, 2, 30, 4, 3, make_generator(14))
+    ]
     plain = torch.autograd.grad(state_space(*inputs, implementation=name)[0].sum(), inputs)
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = state_space(*inputs, implementation=name)
@@ -318,11 +340,11 @@ def test_autocast_does_not_reach_the_backward_pass(name: str):
     assert_all_close(list(grads), list(plain), INPUTS, 1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in DTYPES if DTYPES[n] == torch.float64])
+@pytest.mark.parametrize("name", [name for name, dtype in CASES if dtype == torch.float64])
 @pytest.mark.parametrize("marks", ["plain", "reset and mask"])
 def test_gradients_are_those_of_finite_differences(name: str, marks: str):
     generator = make_generator(12)
-    inputs = [x.requires_grad_() for x in draw(name, 2, 6, 2, 2, generator)]
+    inputs = [x.requires_grad_() for x in draw(torch.float64, 2, 6, 2, 2, generator)]
     drawn = draw_marks(marks, 2, 6, generator)
 
     def function(*leaves: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,10 +354,10 @@ def test_gradients_are_those_of_finite_differences(name: str, marks: str):
     assert torch.autograd.gradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("name", FAST_NAMES)
-def test_is_one_well_behaved_operator_for_pytorch(name: str):
+@pytest.mark.parametrize(("name", "dtype"), FAST_CASES, ids=str)
+def test_is_one_well_behaved_operator_for_pytorch(name: str, dtype: torch.dtype):
     generator = make_generator(15)
-    inputs = [x.requires_grad_() for x in draw(name, 2, 9, 3, 4, generator)]
+    inputs = [x.requires_grad_() for x in draw(dtype, 2, 9, 3, 4, generator)]
     marks = draw_marks("reset and mask", 2, 9, generator).values()
     torch.library.opcheck(torch.ops.i3lm.state_space.default, (*inputs, *marks, name))
 
@@ -361,7 +383,7 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, tuple[int, ...]], 
 
 
 def test_implementations_are_named_and_chosen():
-    inputs = draw("reference", 1, 3, 2, 2, make_generator(13))
+    inputs = draw(torch.float64, 1, 3, 2, 2, make_generator(13))
     assert STATE_SPACE.names[-1] == "reference"
     assert "scan" in STATE_SPACE.names
     message = r"state_space has no implementation '{}'; it has .*reference"

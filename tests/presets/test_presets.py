@@ -133,6 +133,20 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path):
     assert refused(str(path)).startswith(f"{path}: not readable as YAML: ")
 
 
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "folder.yaml").mkdir()
+    path = str(tmp_path / "folder.yaml")
+    way_out = "give the path of a YAML preset"
+    assert refused(path) == f"{path}: cannot be read (Is a directory); {way_out}"
+
+    def refuse(*arguments, **settings):
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path, MINIMAL)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert refused(path) == f"{path}: cannot be read (Permission denied); {way_out}"
+
+
 @pytest.mark.parametrize("text", ["", "[1, 2]", "model: 3", "description: nothing"])
 def test_a_file_without_a_model_is_refused(tmp_path: Path, text: str):
     path = write(tmp_path, text)
@@ -146,8 +160,14 @@ def test_a_file_without_a_model_is_refused(tmp_path: Path, text: str):
             "'tokenizer'?"),
         (MINIMAL + "  hiden_size: 8\n", "preset mine: unknown key 'hiden_size'; did you mean "
             "'hidden_size'?"),
-        (MINIMAL + "  model_type: gtp2\n", "preset mine: unknown model_type 'gtp2': use i3, or a "
-            "causal model that transformers knows, such as gpt2"),
+        (MINIMAL + "  model_type: gtp2\n", "preset mine: model_type 'gtp2' is unknown: use i3, "
+            "or a causal model that transformers knows, such as gpt2 or llama"),
+        (MINIMAL + "  model_type: t5\n", "preset mine: model_type 't5' is no causal model: use i3, "
+            "or a causal model that transformers knows, such as gpt2 or llama"),
+        ("model: {model_type: gpt2, n_embd: 1.5}", "preset mine: Validation error for field "
+            "'n_embd': TypeError: Field 'n_embd' expected int, got float (value: 1.5)"),
+        (MINIMAL + "tokenizer: [bpe]\n", "{path}: tokenizer (['bpe']) must be a text"),
+        (MINIMAL + "lowercase: 3\n", "{path}: lowercase (3) must be true or false"),
         (MINIMAL + "  low_rank: 0\n", "preset mine: low_rank (0) must be at least 1, or null for "
             "none"),
         (MINIMAL.replace("heads: 2", "heads: 3"), "preset mine: num_attention_heads (3) must "

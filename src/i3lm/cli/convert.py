@@ -44,10 +44,10 @@ def convert(
         json: Print what was done as one JSON object.
     """
     from i3lm.cli.running import print_json
+    from i3lm.files import write_folder
     from i3lm.inference.loading import check_tokenizer_fits
     from i3lm.models.i3.conversion_open_i3 import build_model, read_open_i3
     from i3lm.tokenizers import load_tokenizer
-    from i3lm.training.checkpoints import write_folder
 
     target = _check_target(Path(out), Path(source), overwrite)
     checkpoint = read_open_i3(Path(source), num_attention_heads)
@@ -83,14 +83,14 @@ def convert(
 # How the names of the files of a model folder begin.
 _WRITTEN = (
     "config.json", "generation_config.json", "model", "tokenizer", "special_tokens", "README.md",
-    "chat_template",
+    "chat_template", "evaluation.json",
 )  # fmt: skip
 
 
 def _check_target(out: Path, source: Path, overwrite: bool) -> Path:
     """Gives the folder to write, if it may be written."""
     from i3lm.errors import OutputError
-    from i3lm.training.checkpoints import as_output_error
+    from i3lm.files import as_output_error
 
     target = out.resolve()
     for what, path in (("the checkpoint", source), ("the working folder", Path.cwd())):

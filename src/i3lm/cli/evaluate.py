@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def evaluate(
     checkpoint: str,
@@ -21,8 +23,9 @@ def evaluate(
     i3lm evaluate runs/quickstart --data pydocs
 
     Perplexity is per token and comparable under one tokenizer only; bits per byte compare any
-    two models. A tokenizer that lower-cases its text makes the task easier: mind that when
-    comparing.
+    two models whose tokenizers can write every text. One that lower-cases, or that has <UNK> for
+    what it does not know, leaves a part of the text out, and its figure comes out too low: then
+    a note says so.
 
     Args:
         checkpoint: A checkpoint folder, or the output folder of a run (its best model).
@@ -34,7 +37,8 @@ def evaluate(
             run with this fraction sets aside; 1 means all.
         context_length: Tokens per row; by default the model's context.
         batch_size: Rows per forward pass; it does not change the result.
-        device: cpu, cuda, mps, or auto for the fastest there is.
+        device: cpu, cuda (or one GPU by its number, such as cuda:1), mps, or auto for the fastest
+            there is.
         precision: fp32, bf16 or auto.
         json: Print the figures as one JSON object.
     """
@@ -44,8 +48,9 @@ def evaluate(
     from i3lm.data.tokens import tokenize_documents
     from i3lm.device import resolve_device, resolve_precision
     from i3lm.errors import ConfigurationError, DataError
-    from i3lm.evaluation import evaluate_text
-    from i3lm.inference.loading import load_checkpoint
+    from i3lm.evaluation import evaluate_text, figures_line
+    from i3lm.inference.loading import choose_context_length, load_checkpoint
+    from i3lm.tokenizers import lowercases
 
     where = resolve_device(device)
     if not 0 < held_out_fraction <= 1:
@@ -55,13 +60,7 @@ def evaluate(
     if batch_size < 1:
         raise ConfigurationError(f"batch_size ({batch_size}) must be at least 1")
     model, tokenizer = load_checkpoint(checkpoint, where)
-    limit = model.config.max_position_embeddings
-    context = limit if context_length is None else context_length
-    if not 1 <= context <= limit:
-        raise ConfigurationError(
-            f"context_length ({context}) must be between 1 and the model's "
-            f"max_position_embeddings ({limit})"
-        )
+    context = choose_context_length(model, context_length, option="context_length")
     documents = read_documents(data, text_column=text_column, split=split, size=size)
     if held_out_fraction < 1:
         documents = held_out_documents(documents, held_out_fraction)
@@ -78,13 +77,33 @@ def evaluate(
         batch_size=batch_size,
         precision=resolve_precision(precision, where),
     )
-    figures = {**evaluation.as_dict(), "documents": text.documents, "context_length": context}
+    figures = {
+        **evaluation.as_dict(),
+        "documents": text.documents,
+        "context_length": context,
+        "unknown_tokens": _unknown_tokens(text.tokens, tokenizer),
+        "lowercases": lowercases(tokenizer),
+    }
     if json:
         print_json(figures)
         return
     print(
-        f"loss {evaluation.loss:.4f} nats per token, perplexity {evaluation.perplexity:,.2f}, "
-        f"bits per byte {evaluation.bits_per_byte:.4f}\n"
+        f"{figures_line(figures)}\n"
         f"{evaluation.tokens:,} tokens, {evaluation.bytes:,} bytes in {text.documents:,} "
-        f"documents, context {context}"
+        f"documents, context {context}; loss in nats per token"
     )
+    if figures["lowercases"]:
+        print("note: the tokenizer lower-cases the text, so bits per byte leave capitals out")
+    if figures["unknown_tokens"]:
+        print(
+            f"note: {tokenizer.unk_token} stands {figures['unknown_tokens']:,} times for text that "
+            "the tokenizer cannot write, so bits per byte leave that text out"
+        )
+
+
+def _unknown_tokens(tokens: Any, tokenizer: Any) -> int:
+    """How many tokens stand for text that the tokenizer does not know."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown == tokenizer.eos_token_id:  # one token for both, as GPT-2 has
+        return 0
+    return int((tokens == unknown).sum())

@@ -32,19 +32,21 @@ def generate(
             once, window computes each token anew from the last that fit, shift drops the oldest
             half whenever the context is full. By default, the model's own setting (window where
             it has none), and prompts must fit.
-        device: cpu, cuda, mps, or auto for the fastest there is.
+        device: cpu, cuda (or one GPU by its number, such as cuda:1), mps, or auto for the fastest
+            there is.
         precision: fp32, bf16 or auto.
         json: Print prompt, text, counts and time as one JSON object.
     """
     from i3lm.cli.running import print_json
     from i3lm.device import resolve_device, resolve_precision
     from i3lm.inference import SamplingOptions, TextGenerator
-    from i3lm.inference.loading import load_checkpoint
+    from i3lm.inference.loading import check_room, load_checkpoint
 
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed, context_overflow)
     where = resolve_device(device)
     model, tokenizer = load_checkpoint(checkpoint, where)
     generator = TextGenerator(model, tokenizer, resolve_precision(precision, where))
+    check_room(model, len(generator.encode_prompt(prompt, context_overflow)), max_new_tokens)
     completion = generator.complete(prompt, options)
     if json:
         print_json({

@@ -13,6 +13,8 @@ def quickstart(output: str = "runs/quickstart", overwrite: bool = False) -> None
         output: The folder for the model, its figures and settings.
         overwrite: Replace the run in the output folder.
     """
+    import shutil
+    import sys
     from pathlib import Path
 
     from rich.console import Console
@@ -61,4 +63,6 @@ def quickstart(output: str = "runs/quickstart", overwrite: bool = False) -> None
     plot_loss(folder / METRICS_FILE, picture)
     print_result(result)
     print(f"\nloss plot: {picture}")
-    print(f'next: i3lm generate {output} --prompt "One morning"    or    i3lm chat {output}')
+    # The next command must work where i3lm is not in the path, too.
+    i3lm = "i3lm" if shutil.which("i3lm") else f"{sys.executable} -m i3lm"
+    print(f'next: {i3lm} generate {output} --prompt "One morning"    or    {i3lm} chat {output}')

@@ -25,8 +25,13 @@ def run_command(name: str, function: Callable[..., Any], arguments: list[str]) -
         settings = _parse(name, function, arguments)
         _quiet_libraries()
         function(**settings)
+        sys.stdout.flush()  # here, so that output that cannot be written is noticed here
     except I3Error as error:
         return _fail(name, str(error), debug)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # what the machine refused, in the words that it gave
+        return _fail(name, f"{error}; --debug shows where", debug)
     except SystemExit as stop:  # how the parser ends after --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -137,8 +142,8 @@ def _help_of(parameter: str, described: str) -> str:
 
 
 def _deepest(error: BaseException) -> BaseException:
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
     return error
 
 

@@ -14,10 +14,10 @@ from i3lm.training.options import (
 def train(
     output: str,
     model: ModelOptions = ModelOptions(),  # noqa: B008 (jsonargparse reads the defaults)
-    tokenizer: TokenizerOptions = TokenizerOptions(),  # noqa: B008
-    data: DataOptions = DataOptions(),  # noqa: B008
-    training: TrainingOptions = TrainingOptions(),  # noqa: B008
-    sample: SampleOptions = SampleOptions(),  # noqa: B008
+    tokenizer: TokenizerOptions = TokenizerOptions(),  # noqa: B008 (likewise)
+    data: DataOptions = DataOptions(),  # noqa: B008 (likewise)
+    training: TrainingOptions = TrainingOptions(),  # noqa: B008 (likewise)
+    sample: SampleOptions = SampleOptions(),  # noqa: B008 (likewise)
     resume: bool = False,
     overwrite: bool = False,
     json: bool = False,
@@ -68,11 +68,10 @@ def train(
 
 def print_result(result) -> None:
     """Prints held-out figures before and after, where the model is, and samples."""
+    from i3lm.evaluation import figures_line
+
     for when, figures in (("before", result.before), ("after", result.after)):
-        print(
-            f"held out, {when}: loss {figures['loss']:.4f}, perplexity "
-            f"{figures['perplexity']:,.2f}, bits per byte {figures['bits_per_byte']:.4f}"
-        )
+        print(f"held out, {when}: {figures_line(figures)}")
     print(f"model: {result.output / 'best'}")
     for sample in result.samples:
         print(f"\n> {sample['prompt']}\n{sample['prompt']}{sample['text']}")

@@ -56,11 +56,16 @@ def _open(source: str, text_column: str, split: str, seed: int, size: int | None
     if source in BUILT_IN:
         return load_corpus(source, seed=seed, size=size)
     path = Path(source)
-    if path.is_dir():
-        raise DataError(f"{source}: is a folder; give one .txt, .jsonl or .parquet file")
     readers = {".txt": _read_text, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
-    if path.is_file():
-        if path.stat().st_size == 0:
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+        size_in_bytes = path.stat().st_size if is_file else 0
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if is_folder:
+        raise DataError(f"{source}: is a folder; give one .txt, .jsonl or .parquet file")
+    if is_file:
+        if size_in_bytes == 0:
             raise DataError(f"{source}: is empty; give a file with text in it")
         if path.suffix not in readers:
             raise DataError(
@@ -88,7 +93,11 @@ def _decoded_lines(path: Path) -> Iterator[str]:
             "example with: iconv -f latin1 -t utf-8"
         ) from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror or error}); check the file")
 
 
 def _read_text(path: Path, text_column: str) -> Iterator[str]:
@@ -138,9 +147,10 @@ def _read_json_lines(path: Path, text_column: str) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers or nesting beyond any limit, too
+            reason = getattr(error, "msg", str(error))
             raise DataError(
-                f"{path}, line {number}: is not JSON ({error.msg}); each line must be an object "
+                f"{path}, line {number}: is not JSON ({reason}); each line must be an object "
                 f"with a {text_column!r} field"
             ) from error
         yield _text_of(record, text_column, where=f"{path}, line {number}")
@@ -173,23 +183,31 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
             for batch in file.iter_batches(columns=[text_column]):
                 for record in batch.to_pylist():
                     yield _text_of(record, text_column, where=str(path))
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: is not a readable parquet file ({error})") from error
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(
+            f"{path}: column {text_column!r} holds text that is not UTF-8 (byte 0x{byte:02x} "
+            "cannot be decoded); write the file again with UTF-8 text"
+        ) from error
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: is not a readable parquet file ({reason})") from error
 
 
 def _read_hub(name: str, text_column: str, split: str) -> Iterator[str]:
     from datasets import load_dataset
 
+    count = 0
     try:
-        records = iter(load_dataset(name, split=split, streaming=True))
-        first = next(records, None)
+        for record in load_dataset(name, split=split, streaming=True):
+            yield _text_of(record, text_column, where=name)
+            count += 1
+    except DataError:
+        raise
     except Exception as error:  # the library raises a dozen kinds, from a dozen libraries
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        problem = f"stopped after {count:,} records" if count else "could not be opened"
         raise DataError(
-            f"{name}: could not be opened on the Hub (split {split!r}): {reason}; check the name "
-            "and the network, or give the path of a local file"
+            f"{name}: {problem} on the Hub (split {split!r}): {reason}; check the name and the "
+            "network, or give the path of a local file"
         ) from error
-    if first is not None:
-        yield _text_of(first, text_column, where=name)
-    for record in records:
-        yield _text_of(record, text_column, where=name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from i3lm.data.tokens import TokenizedText
 from i3lm.errors import DataError
+from i3lm.models.i3 import I3ForCausalLM
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """The figures by name."""
         return asdict(self)
+
+
+def figures_line(figures: Mapping[str, float]) -> str:
+    """Loss (nats per token), perplexity and bits per byte as one line."""
+    return (
+        f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:,.2f}, "
+        f"bits per byte {figures['bits_per_byte']:.4f}"
+    )
 
 
 @torch.no_grad()
@@ -75,17 +84,17 @@ def evaluate_text(
     autocast = (
         torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
     )
+    in_pieces = isinstance(model, I3ForCausalLM)
     was_training = model.training
     model.eval()
     nats, count = 0.0, 0
     try:
         for inputs, labels in _batches(text.tokens, context_length, batch_size):
             with autocast:
-                logits = model(input_ids=inputs.to(device), use_cache=False).logits
-            losses = F.cross_entropy(
-                logits.flatten(0, 1).float(), labels.to(device).flatten(), reduction="none"
-            )
-            nats += losses.double().sum().item()
+                mean = next_token_loss(
+                    model, inputs.to(device), labels.to(device), in_pieces=in_pieces
+                )
+            nats += mean.item() * labels.numel()
             count += labels.numel()
     finally:
         model.train(was_training)
@@ -97,6 +106,26 @@ def evaluate_text(
         tokens=count,
         bytes=text.bytes,
     )
+
+
+def next_token_loss(
+    model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, *, in_pieces: bool
+) -> torch.Tensor:
+    """Gives the mean negative log-likelihood of the labels, a scalar in nats per token.
+
+    Args:
+        model: A causal language model, perhaps wrapped (compiled, or for several processes).
+        input_ids: Token ids, shape (B, T).
+        labels: The ids one step ahead, shape (B, T).
+        in_pieces: The model, an i3 model, computes the loss piece by piece, so that logits of
+            shape (B, T, V) never exist.
+    """
+    if in_pieces:
+        return model(
+            input_ids=input_ids, shift_labels=labels, skip_logits=True, use_cache=False
+        ).loss
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
 def _batches(

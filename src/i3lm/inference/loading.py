@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-import i3lm.models.i3  # noqa: F401 (registers the architecture)
-from i3lm.errors import CheckpointError, TokenizerError
+from i3lm.errors import CheckpointError, ConfigurationError, GenerationError, TokenizerError
+from i3lm.models.i3 import I3ForCausalLM  # importing it registers the architecture
 from i3lm.tokenizers import load_tokenizer, tokenizer_fingerprint
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -97,6 +97,49 @@ def check_tokenizer_fits(
         raise TokenizerError(
             f"{where}: the tokenizer is not the one that the model was trained with (its "
             "fingerprint differs), so its ids mean other text; restore the original tokenizer"
+        )
+
+
+def choose_context_length(model: PreTrainedModel, length: int | None, *, option: str) -> int:
+    """Gives the number of tokens per row: the asked one, by default all that the model takes.
+
+    Args:
+        model: The model; not every one sets a limit.
+        length: What was asked for.
+        option: The name of that option, for messages.
+
+    Raises:
+        ConfigurationError: More than the model takes, or nothing asked of a model without limit.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    chosen = limit if length is None else length
+    if chosen is None:
+        raise ConfigurationError(
+            f"a model of type {model.config.model_type} sets no context length: give {option}"
+        )
+    if limit is not None and not 1 <= chosen <= limit:
+        raise ConfigurationError(
+            f"{option} ({chosen}) must be between 1 and the model's max_position_embeddings "
+            f"({limit})"
+        )
+    if chosen < 1:
+        raise ConfigurationError(f"{option} ({chosen}) must be at least 1")
+    return chosen
+
+
+def check_room(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises a GenerationError unless the model has positions for a prompt and what follows it.
+
+    An i3 model always has: past its context, its window slides.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None or isinstance(model, I3ForCausalLM):
+        return
+    room = limit - prompt_tokens + 1  # the last new token is never read
+    if max_new_tokens > room:
+        raise GenerationError(
+            f"max_new_tokens ({max_new_tokens}) must be at most {room} after a prompt of "
+            f"{prompt_tokens} tokens: this {model.config.model_type} model has {limit} positions"
         )
 
 

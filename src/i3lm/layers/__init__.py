@@ -8,6 +8,7 @@ from i3lm.layers.attention import CausalSelfAttention, RotaryEmbedding
 from i3lm.layers.channel_mix import ChannelMix
 from i3lm.layers.feed_forward import FeedForward
 from i3lm.layers.hybrid import HybridMixer
+from i3lm.layers.linear import Linear
 from i3lm.layers.low_rank import LowRankLinear
 from i3lm.layers.time_mix import TimeMix
 
@@ -16,6 +17,7 @@ __all__ = [
     "ChannelMix",
     "FeedForward",
     "HybridMixer",
+    "Linear",
     "LowRankLinear",
     "RotaryEmbedding",
     "TimeMix",

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from i3lm.layers.linear import Linear
+from i3lm.ops import causal_attention
+
 # What turns queries and keys: cosines and sines, each (B, 1, T, D).
 Rotation = tuple[Tensor, Tensor]
 # Stores new keys and values (B, H, T, D) and gives back all of them so far.
@@ -36,10 +39,10 @@ class CausalSelfAttention(nn.Module):
             )
         self.num_attention_heads = num_attention_heads
         if rank is None:
-            self.query_key_value: nn.Module = nn.Linear(hidden_size, 3 * hidden_size)
+            self.query_key_value: nn.Module = Linear(hidden_size, 3 * hidden_size)
         else:
             self.query_key_value = _NarrowQueryKeyValue(hidden_size, rank)
-        self.output = nn.Linear(hidden_size, hidden_size)
+        self.output = Linear(hidden_size, hidden_size)
 
     def forward(
         self,
@@ -67,10 +70,10 @@ class CausalSelfAttention(nn.Module):
         S = key.shape[2]
         if mask is None and 1 < T < S:  # new tokens after stored ones: causal from the far end
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        is_causal = mask is None and T > 1  # one new token may see everything
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal
-        )
+        if mask is None and T > 1:  # one new token may see everything
+            mixed = causal_attention(query, key, value)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.output(mixed.transpose(1, 2).reshape(B, T, C))
 
 
@@ -113,8 +116,8 @@ class _NarrowQueryKeyValue(nn.Module):
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__()
-        self.narrow = nn.ModuleList(nn.Linear(hidden_size, rank) for _ in range(3))
-        self.widen = nn.ModuleList(nn.Linear(rank, hidden_size) for _ in range(3))
+        self.narrow = nn.ModuleList(Linear(hidden_size, rank) for _ in range(3))
+        self.widen = nn.ModuleList(Linear(rank, hidden_size) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [widen(narrow(x)) for narrow, widen in zip(self.narrow, self.widen, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from i3lm.layers.linear import Linear
 from i3lm.ops import token_shift
 
 
@@ -23,9 +24,9 @@ class ChannelMix(nn.Module):
         super().__init__()
         self.time_mix_key = nn.Parameter(torch.empty(hidden_size))
         self.time_mix_receptance = nn.Parameter(torch.empty(hidden_size))
-        self.key = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.receptance = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.value = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.key = Linear(hidden_size, intermediate_size, bias=False)
+        self.receptance = Linear(hidden_size, hidden_size, bias=False)
+        self.value = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(
         self,

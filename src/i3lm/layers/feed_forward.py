@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from i3lm.layers.linear import Linear
 from i3lm.layers.low_rank import LowRankLinear
 
 
@@ -20,8 +21,8 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, rank: int | None = None) -> None:
         super().__init__()
         if rank is None:
-            self.up: nn.Module = nn.Linear(hidden_size, intermediate_size)
-            self.down: nn.Module = nn.Linear(intermediate_size, hidden_size)
+            self.up: nn.Module = Linear(hidden_size, intermediate_size)
+            self.down: nn.Module = Linear(intermediate_size, hidden_size)
         else:
             self.up = LowRankLinear(hidden_size, intermediate_size, rank)
             self.down = LowRankLinear(intermediate_size, hidden_size, rank)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from i3lm.ops import linear
 
 
 class LowRankLinear(nn.Module):
@@ -34,7 +35,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features)."""
-        return F.linear(F.linear(x, self.lora_B), self.lora_A, self.bias)
+        return linear(linear(x, self.lora_B), self.lora_A, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.rank} -> {self.out_features}"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from i3lm.layers.linear import Linear
 from i3lm.ops import token_shift, wkv
 
 
@@ -34,10 +35,10 @@ class TimeMix(nn.Module):
         self.time_mix_key = nn.Parameter(torch.empty(hidden_size))
         self.time_mix_value = nn.Parameter(torch.empty(hidden_size))
         self.time_mix_receptance = nn.Parameter(torch.empty(hidden_size))
-        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.receptance = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key = Linear(hidden_size, hidden_size, bias=False)
+        self.value = Linear(hidden_size, hidden_size, bias=False)
+        self.receptance = Linear(hidden_size, hidden_size, bias=False)
+        self.output = Linear(hidden_size, hidden_size, bias=False)
 
     def forward(
         self,

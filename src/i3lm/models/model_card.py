@@ -59,12 +59,10 @@ open-i3 is licensed under Apache-2.0; its NOTICE asks that derived works and wei
 
 
 def _shape(config: PreTrainedConfig) -> dict[str, str]:
-    shape = {
-        "Layers": str(config.num_hidden_layers),
-        "Width": str(config.hidden_size),
-        "Context": f"{config.max_position_embeddings:,} tokens",
-        "Vocabulary": f"{config.vocab_size:,}",
-    }
+    shape = {"Layers": str(config.num_hidden_layers), "Width": str(config.hidden_size)}
+    if (context := getattr(config, "max_position_embeddings", None)) is not None:
+        shape["Context"] = f"{context:,} tokens"
+    shape["Vocabulary"] = f"{config.vocab_size:,}"
     if config.model_type == "i3":
         kinds = config.layer_types
         shape["Layers"] = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))

@@ -4,9 +4,18 @@ No parameters, no configuration, no transformers. One public function per op, ea
 loop that states the equation (``reference``) and faster forms that must agree with it.
 """
 
+from i3lm.ops.attention import causal_attention
 from i3lm.ops.cross_entropy import linear_cross_entropy
+from i3lm.ops.linear import linear
 from i3lm.ops.state_space import state_space
 from i3lm.ops.token_shift import token_shift
 from i3lm.ops.wkv import wkv
 
-__all__ = ["linear_cross_entropy", "state_space", "token_shift", "wkv"]
+__all__ = [
+    "causal_attention",
+    "linear",
+    "linear_cross_entropy",
+    "state_space",
+    "token_shift",
+    "wkv",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import logging
 import os
@@ -134,8 +135,18 @@ def numba_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the numba implementations cannot serve a device and dtype, or None."""
     if device.type != "cpu":
         return f"runs on the CPU, not on {device.type}"
-    if dtype != torch.float32:
-        return f"computes in float32, not in {dtype}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"computes in float32 and float64, not in {dtype}"
+    return _numba_failure()
+
+
+@functools.cache
+def _numba_failure() -> str | None:
+    """Why numba cannot run in this process, or None."""
+    try:
+        import i3lm.ops.numba_bridge  # noqa: F401 (numba compiles and caches when imported)
+    except Exception as error:  # whatever a broken installation raises, another kernel can serve
+        return f"numba does not work here ({type(error).__name__}: {error})"
     return None
 
 

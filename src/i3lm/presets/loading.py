@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from i3lm.errors import ConfigurationError
 from i3lm.models.i3 import I3Config
@@ -53,7 +54,8 @@ def load_preset(source: str) -> Preset:
     """Reads a preset by name, or a user's YAML file by path.
 
     Raises:
-        ConfigurationError: No such preset or file, YAML that does not parse, or an unknown key.
+        ConfigurationError: No such preset or file, one that cannot be read, YAML that does not
+            parse, an unknown key, or a value of the wrong kind.
     """
     path = _FOLDER / f"{source}.yaml"
     if source not in list_presets():
@@ -63,10 +65,16 @@ def load_preset(source: str) -> Preset:
                 f"unknown preset {source!r}: use one of {', '.join(list_presets())}, the path of "
                 "a YAML file, or a checkpoint folder"
             )
-        if not path.is_file():
-            raise ConfigurationError(f"{source}: no such file; give the path of a YAML preset")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"{source}: no such file; give the path of a YAML preset"
+        ) from error
+    except OSError as error:
+        raise ConfigurationError(
+            f"{source}: cannot be read ({error.strerror}); give the path of a YAML preset"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"{source}: not readable as YAML: {reason}") from error
@@ -74,6 +82,11 @@ def load_preset(source: str) -> Preset:
         raise ConfigurationError(f"{source}: a preset is a mapping with a `model` mapping in it")
     allowed = [f.name for f in dataclasses.fields(Preset)]
     refuse_unknown_keys(content, allowed, where=source)
+    kinds = {"name": str, "description": str, "tokenizer": str, "lowercase": bool}
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key, kind()), kind):
+            rule = "a text" if kind is str else "true or false"
+            raise ConfigurationError(f"{source}: {key} ({content[key]!r}) must be {rule}")
     content.setdefault("name", path.stem)
     return Preset(**content)
 
@@ -90,16 +103,17 @@ def make_config(fields: dict[str, Any], *, where: str = "model") -> PreTrainedCo
     """
     fields = dict(fields)
     model_type = fields.pop("model_type", "i3")
-    if model_type != "i3" and model_type not in CONFIG_MAPPING:
+    if model_type != "i3" and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        problem = "is no causal model" if model_type in CONFIG_MAPPING else "is unknown"
         raise ConfigurationError(
-            f"{where}: unknown model_type {model_type!r}: use i3, or a causal model that "
-            "transformers knows, such as gpt2"
+            f"{where}: model_type {model_type!r} {problem}: use i3, or a causal model that "
+            "transformers knows, such as gpt2 or llama"
         )
     config_class = I3Config if model_type == "i3" else CONFIG_MAPPING[model_type]
     refuse_unknown_keys(fields, _field_names(config_class), where=where)
     try:
         return config_class(**fields)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # the classes of transformers raise many kinds
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"{where}: {reason}") from error
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+
+from i3lm.files import write_file
 
 
 def plot_loss(metrics_file: Path, picture: Path) -> None:
@@ -12,6 +15,9 @@ def plot_loss(metrics_file: Path, picture: Path) -> None:
     Args:
         metrics_file: JSON lines with ``step`` and ``loss`` or ``eval_loss`` (nats per token).
         picture: Where the PNG goes.
+
+    Raises:
+        OutputError: The picture cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -36,4 +42,6 @@ def plot_loss(metrics_file: Path, picture: Path) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    write_file(picture, drawn.getvalue())

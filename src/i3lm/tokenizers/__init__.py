@@ -14,6 +14,7 @@ from i3lm.tokenizers.chunk import (
     train_chunk_tokenizer,
 )
 from i3lm.tokenizers.loading import (
+    TOKENIZER_KINDS,
     encode_documents,
     load_tokenizer,
     lowercases,
@@ -22,6 +23,7 @@ from i3lm.tokenizers.loading import (
 )
 
 __all__ = [
+    "TOKENIZER_KINDS",
     "build_chunk_tokenizer",
     "encode_documents",
     "load_tokenizer",

@@ -146,9 +146,10 @@ def _train_character(texts: Iterable[str], vocab_size: int | None) -> PreTrained
 
 _TRAINERS: dict[str, Callable[[Iterable[str], int | None], PreTrainedTokenizerFast]] = {
     "bpe": _train_bpe,
-    "character": _train_character,
     "chunk": _train_chunk,
+    "character": _train_character,
 }
+TOKENIZER_KINDS = tuple(_TRAINERS)
 
 
 def _load_folder(folder: Path) -> PreTrainedTokenizerBase:

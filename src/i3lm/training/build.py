@@ -19,6 +19,7 @@ from i3lm.data.split import held_out_documents, training_documents
 from i3lm.data.tokens import TokenizedText, tokenize_documents
 from i3lm.device import seed_everything
 from i3lm.errors import ConfigurationError, DataError, KernelError, OutputError
+from i3lm.files import write_folder
 from i3lm.inference.loading import check_tokenizer_fits, find_checkpoint, load_model
 from i3lm.layers import HybridMixer, TimeMix
 from i3lm.ops.dispatch import SLOW
@@ -26,15 +27,13 @@ from i3lm.ops.state_space import STATE_SPACE
 from i3lm.ops.wkv import WKV
 from i3lm.presets import Preset, list_presets, load_preset, make_config
 from i3lm.tokenizers import (
+    TOKENIZER_KINDS,
     load_tokenizer,
     tokenizer_fingerprint,
     train_character_tokenizer,
     train_tokenizer,
 )
-from i3lm.training.checkpoints import write_folder
 from i3lm.training.options import DataOptions, ModelOptions, TokenizerOptions
-
-TRAINABLE = ("bpe", "chunk", "character")
 
 
 @dataclass(frozen=True)
@@ -92,13 +91,13 @@ def make_tokenizer(
     source = options.source or (
         str(start.checkpoint) if start.checkpoint is not None else start.preset.tokenizer
     )
-    if source not in TRAINABLE:
+    if source not in TOKENIZER_KINDS:
         for name in ("vocab_size", "lowercase"):
             if getattr(options, name) is not None:
                 raise ConfigurationError(
                     f"tokenizer.{name} ({getattr(options, name)}) cannot change the tokenizer "
                     f"{source}: leave it out, or train one with tokenizer.source "
-                    f"{', '.join(TRAINABLE)}"
+                    f"{', '.join(TOKENIZER_KINDS)}"
                 )
         return load_tokenizer(source)
     if options.lowercase is not None and source != "character":
@@ -107,8 +106,8 @@ def make_tokenizer(
             f"to {source}: leave it out"
         )
     size = options.vocab_size
-    if size is None and source == "bpe":
-        size = start.preset.config().vocab_size if start.checkpoint is None else 32_000
+    if size is None and source == "bpe" and start.checkpoint is None:
+        size = start.preset.config().vocab_size
     lowercase = start.preset.lowercase if options.lowercase is None else options.lowercase
     state = _source_state(data)
     key = f"{source}-{size}-{lowercase}-{data.held_out_fraction}-{state}"
@@ -202,17 +201,50 @@ def choose_kernels(
 def make_model(
     start: Starting, tokenizer: PreTrainedTokenizerBase, *, seed: int
 ) -> PreTrainedModel:
-    """Draws a new model whose vocabulary is the tokenizer's, or loads the checkpoint."""
+    """Draws a new model whose vocabulary is the tokenizer's, or loads the checkpoint.
+
+    Raises:
+        CheckpointError, TokenizerError: As for `load_model` and `check_tokenizer_fits`.
+        ConfigurationError: A peer of another architecture that does not run, or is not causal.
+    """
     if start.checkpoint is not None:
         model = load_model(start.checkpoint)
         check_tokenizer_fits(model, tokenizer, where=str(start.checkpoint))
         return model
     seed_everything(seed)
-    config = start.preset.config(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    config = start.preset.config(vocab_size=len(tokenizer))
+    for role in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, role, getattr(tokenizer, role))
     config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
-    return AutoModelForCausalLM.from_config(config)
+    if config.model_type == "i3":
+        return AutoModelForCausalLM.from_config(config)
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+        causal = _is_causal(model)
+    except Exception as error:  # every architecture has its own way to refuse its fields
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigurationError(
+            f"a model of type {config.model_type} with these fields does not run: {reason}; "
+            "change model.config"
+        ) from error
+    if not causal:
+        raise ConfigurationError(
+            f"a model of type {config.model_type} with these fields sees the tokens that it is "
+            "to predict: choose a causal one (some types have a field is_decoder to set)"
+        )
+    return model
+
+
+@torch.no_grad()
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether the last token leaves the logits before it alone; generates a few tokens as well."""
+    model.eval()
+    V, T = model.config.vocab_size, getattr(model.config, "max_position_embeddings", None) or 8
+    ids = torch.arange(min(T, 8)).remainder(V).unsqueeze(0)
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % V
+    before, after = (model(input_ids=i, use_cache=False).logits[0] for i in (ids, changed))
+    model.generate(ids[:, :1], max_new_tokens=2, do_sample=False, eos_token_id=None)
+    model.train()
+    moved = (before - after)[:-1].abs().max()
+    return bool(moved <= 1e-5 * before.abs().max())  # sums may differ in their last bits

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from i3lm.evaluation import figures_line
+from i3lm.files import append_line
 from i3lm.inference import SamplingOptions, TextGenerator
 from i3lm.training.checkpoints import read_records, write_records
 from i3lm.training.metrics import StepTimer
@@ -70,21 +72,14 @@ class RunConsole(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         """Prints the held-out figures."""
         if metrics:
+            figures = {key.removeprefix("eval_"): value for key, value in metrics.items()}
             self.console.print(
-                f"step {state.global_step:>6}  {held_out_line(metrics)}", highlight=False
+                f"step {state.global_step:>6}  held out: {figures_line(figures)}", highlight=False
             )
 
     def close(self) -> None:
         """Stops the bar and gives the cursor back, also after an error or an interrupt."""
         self.bar.stop()
-
-
-def held_out_line(metrics: dict[str, float]) -> str:
-    """The held-out figures as one line."""
-    return (
-        f"held out: loss {metrics['eval_loss']:.4f}, perplexity "
-        f"{metrics['eval_perplexity']:,.2f}, bits per byte {metrics['eval_bits_per_byte']:.4f}"
-    )
 
 
 def _clock(seconds: float) -> str:
@@ -118,7 +113,7 @@ class SampleWriter(TrainerCallback):
     ) -> None:
         self.console, self.path, self.generator = console, path, generator
         self.prompt, self.options, self.every = prompt, options, every
-        if resume_step and path.exists():
+        if path.exists():
             write_records(path, read_records(path, resume_step))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -127,8 +122,7 @@ class SampleWriter(TrainerCallback):
             return
         completion = self.generator.complete(self.prompt, self.options)
         record = {"step": state.global_step, "prompt": self.prompt, "text": completion.text}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        append_line(self.path, json.dumps(record, ensure_ascii=False))
         text = " ".join((self.prompt + completion.text).split())
         self.console.print(
             f"step {state.global_step:>6}  sample: {text}", highlight=False, markup=False

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from i3lm.errors import ConfigurationError
+from i3lm.files import append_line
 from i3lm.training.checkpoints import read_records, write_records
 
 
@@ -116,6 +117,7 @@ class MetricsFile(TrainerCallback):
 
         Raises:
             ConfigurationError: The loss is no longer a number.
+            OutputError: The file cannot be written.
         """
         logs = dict(logs or {})
         logs.pop("num_input_tokens_seen", None)
@@ -132,5 +134,4 @@ class MetricsFile(TrainerCallback):
             logs["step_seconds"] = round(self.timer.step_seconds, 5)
         elif "eval_loss" not in logs:
             return  # the Trainer's own closing summary
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        append_line(self.path, json.dumps({"step": state.global_step, **logs}))

@@ -95,9 +95,14 @@ class TrainingOptions:
         adam_beta2: AdamW's decay of the mean squared gradient.
         max_grad_norm: Gradients are scaled down to this norm; 0 turns it off.
         precision: fp32, bf16, or auto for bf16 where the processor multiplies it in hardware.
-        device: cpu, cuda, mps, or auto for the fastest there is.
+        device: cpu, cuda (or one GPU by its number, such as cuda:1), mps, or auto for the fastest
+            there is.
         strict_kernels: Refuse to train where a recurrence has no compiled kernel, instead of
             running its slower form.
+        gradient_checkpointing: Keep only what enters each layer, and compute the rest again for
+            the gradients: much less memory, about a third more time.
+        compile: Compile the model with torch.compile; the first step then takes a minute or
+            more. On a CPU it needs a C++ compiler.
         seed: Seed of weights, order of rows, and draws.
         log_every: Steps between lines of the metrics file.
         evaluate_every: Steps between evaluations on the held-out text.
@@ -120,6 +125,8 @@ class TrainingOptions:
     precision: str = "auto"
     device: str = "auto"
     strict_kernels: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     log_every: int = 10
     evaluate_every: int = 100
@@ -182,14 +189,9 @@ class SampleOptions:
     top_k: int = 50
 
     def __post_init__(self) -> None:
-        _require((
-            ("sample.every", self.every, self.every >= 0, "must be 0 (only at the end) or above"),
-            ("sample.max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1,
-             "must be at least 1"),
-            ("sample.temperature", self.temperature, self.temperature >= 0,
-             "must be 0 (always the likeliest) or above"),
-            ("sample.top_k", self.top_k, self.top_k >= 0, "must be 0 (all tokens) or above"),
-        ))  # fmt: skip
+        # The draws themselves are checked where they are used, by `SamplingOptions`.
+        every = self.every
+        _require((("sample.every", every, every >= 0, "must be 0 (only at the end) or above"),))
 
 
 @dataclass(frozen=True)

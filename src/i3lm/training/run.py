@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import TrainerCallback, TrainingArguments, default_data_collator
+from transformers import TrainerCallback, default_data_collator
 
 from i3lm.data.tokens import ContiguousRows
-from i3lm.device import resolve_device, resolve_precision, seed_everything
-from i3lm.errors import ConfigurationError
+from i3lm.device import (
+    keep_freed_memory,
+    resolve_device,
+    resolve_precision,
+    seed_everything,
+)
+from i3lm.errors import CheckpointError, ConfigurationError, GenerationError, KernelError
+from i3lm.files import write_folder
 from i3lm.inference import SamplingOptions, TextGenerator
+from i3lm.inference.loading import check_room, choose_context_length
 from i3lm.models.model_card import write_model_card
+from i3lm.training.arguments import training_arguments
 from i3lm.training.build import (
     choose_kernels,
     make_model,
@@ -21,15 +30,10 @@ from i3lm.training.build import (
     make_tokenizer,
     resolve_start,
 )
-from i3lm.training.checkpoints import (
-    METRICS_FILE,
-    SAMPLES_FILE,
-    as_output_error,
-    write_folder,
-)
+from i3lm.training.checkpoints import EVALUATION_FILE, METRICS_FILE, SAMPLES_FILE
 from i3lm.training.console import RunConsole, SampleWriter
 from i3lm.training.metrics import MetricsFile, StepTimer
-from i3lm.training.options import RunOptions, TrainingOptions
+from i3lm.training.options import RunOptions
 from i3lm.training.run_folder import check_run_folder, checkpoint_step, prepare_run_folder
 from i3lm.training.trainer import I3Trainer
 
@@ -75,22 +79,24 @@ def run_training(
     training = options.training
     device = resolve_device(training.device)
     precision = resolve_precision(training.precision, device)
-    draws = SamplingOptions(
-        max_new_tokens=options.sample.max_new_tokens,
-        temperature=options.sample.temperature,
-        top_k=options.sample.top_k,
-        seed=training.seed,
-    )
+    draws = _draws(options)
 
     start = resolve_start(options.model)
     tokenizer = make_tokenizer(options.tokenizer, start, options.data)
     texts = make_texts(options.data, tokenizer)
     model = make_model(start, tokenizer, seed=training.seed)
-    context = _context_length(training, model.config.max_position_embeddings)
+    context = choose_context_length(
+        model, training.context_length, option="training.context_length"
+    )
     rows = ContiguousRows(texts.training, context)
     generator = TextGenerator(model, tokenizer, precision)
     for prompt in options.sample.prompts:
-        generator.encode_prompt(prompt)
+        check_room(model, len(generator.encode_prompt(prompt)), options.sample.max_new_tokens)
+    if training.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConfigurationError(
+            f"training.gradient_checkpointing: a model of type {model.config.model_type} does not "
+            "support it; leave it out"
+        )
     kernels = choose_kernels(model, device, strict=training.strict_kernels)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
@@ -110,10 +116,12 @@ def run_training(
     timer = StepTimer(batch * context)
     progress = RunConsole(console, timer)
 
-    def save(folder: Path, facts: dict[str, str]) -> None:
+    def save(folder: Path, metrics: dict[str, float], steps: int) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_model_card(folder, model.config, parameters, facts)
+        write_model_card(folder, model.config, parameters, _facts(metrics, steps))
+        record = {"step": steps, **_figures(metrics)}
+        (folder / EVALUATION_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     callbacks = [
         MetricsFile(output / METRICS_FILE, timer, resume_step=step),
@@ -133,10 +141,12 @@ def run_training(
             )
         )
     seed_everything(training.seed)
+    if device.type == "cpu":
+        keep_freed_memory()
     trainer = I3Trainer(
         model=model,
-        args=_training_arguments(
-            output, training, precision, device.type, len(rows), resumed=checkpoint is not None
+        args=training_arguments(
+            output, training, precision, device, len(rows), resumed=checkpoint is not None
         ),
         train_dataset=rows,
         held_out=texts.held_out,
@@ -148,30 +158,48 @@ def run_training(
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}", highlight=False, markup=False, soft_wrap=True)
     try:
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            progress.close()
-        steps = trainer.state.global_step
-        history = [record for record in trainer.state.log_history if "eval_loss" in record]
-        before, after = history[0], history[-1]  # the Trainer evaluates after the last step
-        write_folder(output / "last", lambda part: save(part, _facts(after, steps)))
-        samples = [
-            {"prompt": prompt, "text": generator.complete(prompt, draws).text}
-            for prompt in options.sample.prompts
-        ]
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
-        raise as_output_error(output, error) or error from error
-    keys = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = " ".join(str(error).split())[:200]
+            raise KernelError(
+                f"training.compile: torch.compile failed ({reason}); leave it out, or give it the "
+                "C++ compiler that it needs on a CPU"
+            ) from error
+        raise
+    finally:
+        progress.close()
+    steps = trainer.state.global_step
+    history = [record for record in trainer.state.log_history if "eval_loss" in record]
+    before, after = history[0], history[-1]  # the Trainer evaluates after the last step
+    write_folder(output / "last", lambda part: save(part, after, steps))
+    samples = [
+        {"prompt": prompt, "text": generator.complete(prompt, draws).text}
+        for prompt in options.sample.prompts
+    ]
     return RunResult(
         output=output,
         parameters=parameters,
         steps=steps,
         tokens=int(trainer.state.num_input_tokens_seen),
-        before={key.removeprefix("eval_"): before[key] for key in keys},
-        after={key.removeprefix("eval_"): after[key] for key in keys},
+        before=_figures(before),
+        after=_figures(after),
         samples=samples,
     )
+
+
+def _draws(options: RunOptions) -> SamplingOptions:
+    """How samples are drawn."""
+    sample = options.sample
+    try:
+        return SamplingOptions(
+            max_new_tokens=sample.max_new_tokens,
+            temperature=sample.temperature,
+            top_k=sample.top_k,
+            seed=options.training.seed,
+        )
+    except GenerationError as error:  # its message begins with the name of the field
+        raise ConfigurationError(f"sample.{error}") from error
 
 
 class BestKeeper(TrainerCallback):
@@ -182,16 +210,34 @@ class BestKeeper(TrainerCallback):
         self.best = float("inf")
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Takes the best so far from the record of a resumed run."""
-        losses = [r["eval_loss"] for r in state.log_history if "eval_loss" in r and r["step"]]
-        self.best = min(losses, default=self.best)
+        """Takes the best so far of a resumed run.
+
+        The model that is kept tells its own loss: it may be of a later step than the checkpoint,
+        and a resumed run that evaluates at other steps would not meet that loss again.
+
+        Raises:
+            CheckpointError: The kept model's figures cannot be read.
+        """
+        figures = self.folder / EVALUATION_FILE
+        if figures.exists():
+            try:
+                self.best = json.loads(figures.read_text(encoding="utf-8"))["loss"]
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise CheckpointError(
+                    f"{figures}: is damaged, so the best loss of the run is unknown; remove "
+                    f"{self.folder} to keep the next best model"
+                ) from error
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         """Saves the model if it is the best yet, the untrained one left out."""
         if state.global_step and metrics and metrics["eval_loss"] < self.best:
             self.best = metrics["eval_loss"]
-            facts = _facts(metrics, state.global_step)
-            write_folder(self.folder, lambda part: self.save(part, facts))
+            write_folder(self.folder, lambda part: self.save(part, metrics, state.global_step))
+
+
+def _figures(metrics: dict[str, float]) -> dict[str, float]:
+    names = ("loss", "perplexity", "bits_per_byte")
+    return {name: metrics[f"eval_{name}"] for name in names}
 
 
 def _facts(metrics: dict[str, float], steps: int) -> dict[str, str]:
@@ -200,63 +246,6 @@ def _facts(metrics: dict[str, float], steps: int) -> dict[str, str]:
         "Held-out loss": f"{metrics['eval_loss']:.4f} nats per token",
         "Held-out bits per byte": f"{metrics['eval_bits_per_byte']:.4f}",
     }
-
-
-def _context_length(training: TrainingOptions, limit: int) -> int:
-    context = training.context_length or limit
-    if context > limit:
-        raise ConfigurationError(
-            f"training.context_length ({context}) is more than the model's "
-            f"max_position_embeddings ({limit}): lower the one or raise the other"
-        )
-    return context
-
-
-def _training_arguments(
-    output: Path,
-    training: TrainingOptions,
-    precision: str,
-    device: str,
-    rows: int,
-    *,
-    resumed: bool,
-) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(output / "checkpoints"),
-        max_steps=training.max_steps or -1,
-        num_train_epochs=training.epochs or 1.0,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": training.min_learning_rate_ratio},
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        max_grad_norm=training.max_grad_norm,
-        bf16=precision == "bf16",
-        use_cpu=device == "cpu",
-        seed=training.seed,
-        data_seed=training.seed,
-        dataloader_drop_last=rows >= training.batch_size,
-        dataloader_pin_memory=device == "cuda",
-        logging_steps=training.log_every,
-        logging_first_step=True,
-        eval_strategy="steps",
-        eval_steps=training.evaluate_every,
-        eval_on_start=not resumed,
-        # It would put an old loss in the place of one that is not a number.
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="all",
-        save_strategy="steps",
-        save_steps=training.save_every,
-        save_total_limit=training.keep_checkpoints,
-        report_to="none",
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-    )
 
 
 def _silence_stock_console(trainer: I3Trainer) -> None:

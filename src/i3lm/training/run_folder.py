@@ -11,13 +11,12 @@ from typing import Any
 import yaml
 
 from i3lm.errors import ConfigurationError, OutputError
+from i3lm.files import write_file, writing
 from i3lm.training.checkpoints import (
     CONFIG_FILE,
     METRICS_FILE,
     SAMPLES_FILE,
-    as_output_error,
     latest_checkpoint,
-    write_file,
 )
 from i3lm.training.options import RunOptions
 
@@ -84,6 +83,8 @@ _MAY_CHANGE = {
         "evaluate_every",
         "save_every",
         "keep_checkpoints",
+        "gradient_checkpointing",
+        "compile",
     )
 }
 
@@ -92,16 +93,15 @@ def prepare_run_folder(output: Path, options: RunOptions, *, resume: bool) -> Pa
     """Makes the run's folder and gives the checkpoint to resume from, if any."""
     checkpoints = output / "checkpoints"
     newest = latest_checkpoint(checkpoints) if resume else None
-    try:
+    with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         if not resume:
             _remove_run(output)
+        checkpoints.mkdir(exist_ok=True)
         # Checkpoints beyond the newest complete one were cut short, and would count as kept ones.
         for path in checkpoints.glob("checkpoint-[0-9]*"):
             if newest is None or checkpoint_step(path) > checkpoint_step(newest):
                 shutil.rmtree(path)
-    except OSError as error:
-        raise as_output_error(output, error) or error from error
     text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False, allow_unicode=True)
     write_file(output / CONFIG_FILE, text)
     return newest

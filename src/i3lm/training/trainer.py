@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from i3lm.data.tokens import TokenizedText
 from i3lm.errors import CheckpointError
-from i3lm.evaluation import Evaluation, evaluate_text
-from i3lm.models.i3 import I3PreTrainedModel
+from i3lm.evaluation import Evaluation, evaluate_text, next_token_loss
+from i3lm.files import writing
+from i3lm.models.i3 import I3ForCausalLM
 from i3lm.training.optimizers import parameter_groups
 
 
@@ -54,18 +54,13 @@ class I3Trainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean negative log-likelihood of the labels, in nats per token."""
-        labels = inputs["labels"]
-        if isinstance(self.model, I3PreTrainedModel):
-            outputs = model(
-                input_ids=inputs["input_ids"],
-                shift_labels=labels,
-                skip_logits=not return_outputs,
-                use_cache=False,
-            )
-            return (outputs.loss, outputs) if return_outputs else outputs.loss
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
-        loss = F.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten())
-        return (loss, outputs) if return_outputs else loss
+        loss = next_token_loss(
+            model,
+            inputs["input_ids"],
+            inputs["labels"],
+            in_pieces=isinstance(self.model, I3ForCausalLM),
+        )
+        return (loss, {"loss": loss}) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Fused AdamW over `parameter_groups`."""
@@ -115,10 +110,11 @@ class I3Trainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Saves what a resumed run needs; what could not be finished is removed."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            with writing(folder):
+                super()._save_checkpoint(*args, **kwargs)
         except BaseException:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
             raise
 

@@ -18,16 +18,13 @@ class BuiltIn(NamedTuple):
     """Takes a seed, gives the documents."""
     default_size: int | None
     """Number of documents unless asked otherwise; None for all there are."""
-    description: str
 
 
 BUILT_IN: dict[str, BuiltIn] = {
-    "pydocs": BuiltIn(
-        lambda seed: pydocs(), None, "the language reference that Python ships, one topic each"
-    ),
-    "stories": BuiltIn(
-        stories, 20_000, "generated tiny English stories, dialogues and sentences, without end"
-    ),
+    # The language reference that Python ships, one topic each.
+    "pydocs": BuiltIn(lambda seed: pydocs(), None),
+    # Generated tiny English stories, dialogues and sentences, without end.
+    "stories": BuiltIn(stories, 20_000),
 }
 
 
@@ -46,7 +43,7 @@ def load_corpus(name: str, *, seed: int = 0, size: int | None = None) -> Iterato
         allowed = ", ".join(sorted(BUILT_IN))
         raise DataError(
             f"unknown corpus {name!r}; the built-in corpora are {allowed}; "
-            "to use text of your own, give the path of a file or folder instead"
+            "to use text of your own, give the path of a file instead"
         )
     if size is not None and size < 0:
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -142,6 +143,10 @@ class I3Config(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} ({value!r}) must be a whole number of at least 1")
+        for name in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} ({value!r}) must be a number above 0")
         if self.low_rank is not None and self.low_rank < 1:
             raise ValueError(f"low_rank ({self.low_rank}) must be at least 1, or null for none")
         if self.hidden_size % self.num_attention_heads:

@@ -20,6 +20,7 @@ from i3lm.layers import (
     ChannelMix,
     FeedForward,
     HybridMixer,
+    Linear,
     LowRankLinear,
     RotaryEmbedding,
     TimeMix,
@@ -37,7 +38,7 @@ from i3lm.models.i3.cache_i3 import (
 from i3lm.models.i3.configuration_i3 import I3Config
 from i3lm.models.i3.generation_i3 import I3GenerationMixin
 from i3lm.models.i3.initialization_i3 import initialize_original, initialize_rwkv
-from i3lm.ops import linear_cross_entropy
+from i3lm.ops import linear, linear_cross_entropy
 
 
 class I3DecoderLayer(GradientCheckpointingLayer):
@@ -302,7 +303,7 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
         self.model = I3Model(config)
         self.vocab_size = config.vocab_size
         if config.low_rank is None:
-            self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size)
+            self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size)
         else:
             self.lm_head = LowRankLinear(config.hidden_size, config.vocab_size, config.low_rank)
         self.post_init()
@@ -379,7 +380,7 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
         head: Any = self.lm_head
         hidden = hidden_states.flatten(0, 1)
         if isinstance(head, LowRankLinear):
-            hidden, weight = nn.functional.linear(hidden, head.lora_B), head.lora_A
+            hidden, weight = linear(hidden, head.lora_B), head.lora_A
         else:
             weight = head.weight
         return linear_cross_entropy(hidden, weight, head.bias, shift_labels.flatten())

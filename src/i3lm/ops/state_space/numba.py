@@ -8,38 +8,34 @@ average block by block and runs the adjoints in one sweep each.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
-from i3lm.ops.numba_bridge import as_arrays, match_threads
+from i3lm.ops.numba_bridge import as_arrays, compiled, match_threads
 
-_BLOCK = 32  # channels per task
-_ZERO = np.float32(0)
-_compiled: Any = partial(njit, parallel=True, fastmath=True, cache=True, error_model="numpy")
+_BLOCK = 128  # channels per task
 
 
-@_compiled()
+@compiled()
 def _average_forward(x, mix, D, start, reset, mask, y, final):
     """Adds ``D * h_t`` to y."""
     B, T, C = x.shape
+    zero = x.dtype.type(0)
     blocks = (C + _BLOCK - 1) // _BLOCK
     for task in prange(B * blocks):
         b, low = task // blocks, (task % blocks) * _BLOCK
         width = min(_BLOCK, C - low)
-        h = np.empty(_BLOCK, np.float32)
+        h = np.empty(_BLOCK, x.dtype)
         for i in range(width):
             h[i] = start[b, low + i]
         for t in range(T):
             if reset.size and reset[b, t]:
-                h[:] = _ZERO
+                h[:] = zero
             if mask.size and not mask[b, t]:
                 for i in range(width):
-                    y[b, t, low + i] = _ZERO
+                    y[b, t, low + i] = zero
                 continue
             for i in range(width):
                 c = low + i
@@ -49,24 +45,25 @@ def _average_forward(x, mix, D, start, reset, mask, y, final):
             final[b, low + i] = h[i]
 
 
-@_compiled()
+@compiled()
 def _average_backward(
     x, mix, D, start, reset, mask, grad_y, grad_final, grad_x, grad_mix, grad_D, grad_start
 ):
     """Adds to grad_x; writes the rest."""
     B, T, C = x.shape
+    zero = x.dtype.type(0)
     blocks = (C + _BLOCK - 1) // _BLOCK
     for task in prange(B * blocks):
         b, low = task // blocks, (task % blocks) * _BLOCK
         width = min(_BLOCK, C - low)
-        before = np.empty((T, _BLOCK), np.float32)  # h as each step finds it
-        h, adjoint = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-        sum_mix, sum_D = np.zeros(_BLOCK, np.float32), np.zeros(_BLOCK, np.float32)
+        before = np.empty((T, _BLOCK), x.dtype)  # h as each step finds it
+        h, adjoint = np.empty(_BLOCK, x.dtype), np.empty(_BLOCK, x.dtype)
+        sum_mix, sum_D = np.zeros(_BLOCK, x.dtype), np.zeros(_BLOCK, x.dtype)
         for i in range(width):
             h[i], adjoint[i] = start[b, low + i], grad_final[b, low + i]
         for t in range(T):
             if reset.size and reset[b, t]:
-                h[:] = _ZERO
+                h[:] = zero
             for i in range(width):
                 before[t, i] = h[i]
             if not mask.size or mask[b, t]:
@@ -82,26 +79,27 @@ def _average_backward(
                     sum_D[i] += grad_y[b, t, c] * now
                     adjoint[i] += D[c] * grad_y[b, t, c]
                     sum_mix[i] += adjoint[i] * (before[t, i] - x[b, t, c])
-                    grad_x[b, t, c] += (np.float32(1) - mix[c]) * adjoint[i]
+                    grad_x[b, t, c] += adjoint[i] - mix[c] * adjoint[i]
                     adjoint[i] *= mix[c]
             if reset.size and reset[b, t]:
-                adjoint[:] = _ZERO
+                adjoint[:] = zero
         for i in range(width):
             c = low + i
             grad_mix[b, c], grad_D[b, c], grad_start[b, c] = sum_mix[i], sum_D[i], adjoint[i]
 
 
-@_compiled()
+@compiled()
 def _hidden_forward(u, At, start, reset, mask, before, states, final):
     """``s_t = A s_{t-1} + u_t``; keeps s_{t-1} as the step finds it, and s_t."""
     B, T, N = u.shape
+    zero = u.dtype.type(0)
     for b in prange(B):
-        s, moved = np.empty(N, np.float32), np.empty(N, np.float32)
+        s, moved = np.empty(N, u.dtype), np.empty(N, u.dtype)
         for i in range(N):
             s[i] = start[b, i]
         for t in range(T):
             if reset.size and reset[b, t]:
-                s[:] = _ZERO
+                s[:] = zero
             for i in range(N):
                 before[b, t, i] = s[i]
             if not mask.size or mask[b, t]:
@@ -117,12 +115,13 @@ def _hidden_forward(u, At, start, reset, mask, before, states, final):
             final[b, i] = s[i]
 
 
-@_compiled()
+@compiled()
 def _hidden_backward(grad_states, A, reset, mask, grad_final, adjoints, grad_start):
     """The gradient of every ``A s_{t-1} + u_t``: zero at padded steps."""
     B, T, N = grad_states.shape
+    zero = grad_states.dtype.type(0)
     for b in prange(B):
-        adjoint, moved = np.empty(N, np.float32), np.empty(N, np.float32)
+        adjoint, moved = np.empty(N, grad_states.dtype), np.empty(N, grad_states.dtype)
         for i in range(N):
             adjoint[i] = grad_final[b, i]
         for step in range(T):
@@ -131,16 +130,16 @@ def _hidden_backward(grad_states, A, reset, mask, grad_final, adjoints, grad_sta
                 for i in range(N):
                     adjoint[i] += grad_states[b, t, i]
                     adjoints[b, t, i] = adjoint[i]
-                    moved[i] = _ZERO
+                    moved[i] = zero
                 for j in range(N):
                     for i in range(N):
                         moved[i] += A[j, i] * adjoint[j]
                 adjoint, moved = moved, adjoint
             else:
                 for i in range(N):
-                    adjoints[b, t, i] = _ZERO
+                    adjoints[b, t, i] = zero
             if reset.size and reset[b, t]:
-                adjoint[:] = _ZERO
+                adjoint[:] = zero
         for i in range(N):
             grad_start[b, i] = adjoint[i]
 
@@ -150,7 +149,7 @@ def _hidden_states(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s_{t-1} as each step finds it, s_t (both (B, T, N)), and the last s (B, N)."""
     u = x @ B.T
-    before, states, last = torch.empty_like(u), torch.empty_like(u), torch.empty(hidden.shape)
+    before, states, last = torch.empty_like(u), torch.empty_like(u), hidden.new_empty(hidden.shape)
     _hidden_forward(*as_arrays(u, A.T, hidden, reset, mask, before, states, last))
     return before, states, last
 
@@ -168,7 +167,7 @@ def state_space_numba(
 ) -> tuple[Tensor, Tensor]:
     """Computes `i3lm.ops.state_space` on the CPU; as `state_space_reference` in the rest."""
     average, hidden = state.split([x.shape[2], A.shape[0]], dim=1)
-    last_average = torch.empty(average.shape)
+    last_average = average.new_empty(average.shape)
     match_threads()
     _, states, last_hidden = _hidden_states(x, A, B, hidden, reset, mask)
     y = states @ C.T
@@ -197,12 +196,12 @@ def state_space_numba_backward(
         grad_output = grad_output.masked_fill(~mask[..., None], 0)
     match_threads()
     before, states, _ = _hidden_states(x, A, B, hidden, reset, mask)
-    adjoints, start_hidden = torch.empty_like(states), torch.empty(hidden.shape)
+    adjoints, start_hidden = torch.empty_like(states), hidden.new_empty(hidden.shape)
     _hidden_backward(
         *as_arrays(grad_output @ C, A, reset, mask, grad_hidden, adjoints, start_hidden)
     )
-    grad_x, start_average = adjoints @ B, torch.empty(average.shape)
-    grad_mix, grad_D = (torch.empty(x.shape[0], x.shape[2]) for _ in range(2))
+    grad_x, start_average = adjoints @ B, average.new_empty(average.shape)
+    grad_mix, grad_D = (x.new_empty(x.shape[0], x.shape[2]) for _ in range(2))
     inputs = (x, mix, D, average, reset, mask, grad_output, grad_average)
     _average_backward(*as_arrays(*inputs, grad_x, grad_mix, grad_D, start_average))
     flat = adjoints.flatten(0, 1)

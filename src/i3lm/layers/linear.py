@@ -1,0 +1,15 @@
+"""The full matrix of every layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from i3lm.ops import linear
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` whose product goes through `i3lm.ops.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (..., in_features) to (..., out_features)."""
+        return linear(input, self.weight, self.bias)

@@ -1,0 +1,147 @@
+"""The loss over a large vocabulary without ever holding all its logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from i3lm.ops.cross_entropy.reference import softmax_loss_reference
+from i3lm.ops.dispatch import Implementation, Op, accumulation_dtype, numba_refuses
+from i3lm.ops.linear import linear
+
+# Logits that exist at one time, in bytes: large pieces make efficient matrix products.
+PIECE_BYTES = 64 * 2**20
+
+
+def _numba(*inputs: Any) -> tuple[Tensor, ...]:
+    from i3lm.ops.cross_entropy.numba import softmax_loss_numba
+
+    return softmax_loss_numba(*inputs)
+
+
+def _numba_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    return (
+        None if dtype == torch.bfloat16 and device.type == "cpu" else numba_refuses(device, dtype)
+    )
+
+
+# From the logits of a piece, its loss; the gradient takes the logits' place.
+SOFTMAX_LOSS = Op(
+    "softmax_loss",
+    [
+        Implementation("numba", _numba, refuses=_numba_refuses),
+        Implementation("reference", softmax_loss_reference),
+    ],
+)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    piece_bytes: int = PIECE_BYTES,
+) -> Tensor:
+    """Gives ``cross_entropy(hidden @ weight.T + bias, labels)``, the mean in nats per token.
+
+    The rows are taken in pieces whose logits fit in `piece_bytes`; where gradients are wanted,
+    each piece's are computed while its logits are there, so nothing of size N x V is kept or
+    computed twice. Products run in autocast's dtype; bias, softmax, loss and the gradients of
+    weight and bias accumulate in float32 (float64 for float64 inputs).
+
+    Args:
+        hidden: Last hidden states, shape (N, C).
+        weight: The head's matrix, shape (V, C).
+        bias: The head's bias, shape (V,), or None.
+        labels: Token ids to predict, shape (N,).
+        ignore_index: The label of positions that do not count.
+        piece_bytes: Most bytes of logits at one time (at least one row).
+
+    Returns:
+        The loss, a float32 (float64) scalar; 0 where no label counts.
+
+    Raises:
+        ValueError: Shapes that do not fit, or a label outside the vocabulary.
+    """
+    if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} must have shape (N, C) and labels "
+            f"{tuple(labels.shape)} shape (N,)"
+        )
+    if weight.shape[1:] != hidden.shape[1:] or (
+        bias is not None and bias.shape != weight.shape[:1]
+    ):
+        shape = None if bias is None else tuple(bias.shape)
+        raise ValueError(
+            f"weight {tuple(weight.shape)} must have shape (V, {hidden.shape[1]}) and bias "
+            f"{shape} shape (V,)"
+        )
+    if labels.device.type == "cpu":
+        # An accelerator would stall for this check; there the gather itself fails.
+        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))]
+        if len(wrong):
+            raise ValueError(
+                f"label {int(wrong[0])} is outside the vocabulary: labels run from 0 to "
+                f"{weight.shape[0] - 1}, and {ignore_index} does not count"
+            )
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    most = max(1, piece_bytes // (dtype.itemsize * weight.shape[0]))
+    pieces = max(1, -(-hidden.shape[0] // most))
+    rows = max(1, -(-hidden.shape[0] // pieces))  # equal pieces: no small one at the end
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, ignore_index, rows, dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, ignore_index, rows, dtype):
+        precise = accumulation_dtype(hidden.dtype)
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants = wants_hidden or wants_weight or wants_bias
+        scale = 1 / (labels != ignore_index).sum().clamp_min(1).to(precise)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_bias = weight.new_zeros(weight.shape[0], dtype=precise) if wants_bias else None
+        grad_weight = None
+        total = hidden.new_zeros((), dtype=precise)
+        softmax_loss = SOFTMAX_LOSS.choose(hidden.device, dtype).implementation.forward
+        with torch.autocast(hidden.device.type, enabled=False):
+            narrow = weight.to(dtype)
+            offset = None if bias is None else bias.to(precise)
+            for start in range(0, hidden.shape[0], rows):
+                piece = slice(start, start + rows)
+                x = hidden[piece].to(dtype)
+                logits = linear(x, narrow)  # (rows, V)
+                marked = labels[piece]
+                counts = marked != ignore_index
+                (losses,) = softmax_loss(
+                    logits, offset, marked.where(counts, 0), counts * scale, grad_bias, wants
+                )
+                total += losses.masked_fill(~counts, 0).sum() * scale
+                # From here on, `logits` holds its own gradient.
+                if wants_hidden:
+                    grad_hidden[piece] = linear(logits, narrow.T)
+                if wants_weight:
+                    part = linear(logits.T, x.T)
+                    grad_weight = (
+                        part.to(precise) if grad_weight is None else grad_weight.add_(part)
+                    )
+        if wants_weight and grad_weight is None:  # not one row
+            grad_weight = torch.zeros_like(weight, dtype=precise)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        grads = [
+            None if grad is None else (grad * grad_loss).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None, None, None, None)

@@ -1,0 +1,118 @@
+"""Softmax, loss and gradient of a piece of logits on the CPU, in one visit of every row.
+
+A row is read once, turned into exponentials in a buffer that stays in the cache, and written once
+as its gradient. bfloat16, which NumPy does not know, comes as its bits: a bfloat16 is the upper
+half of a float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange, types
+from numba.extending import overload
+from torch import Tensor
+
+from i3lm.ops.dispatch import accumulation_dtype
+from i3lm.ops.numba_bridge import FAST, as_arrays, compiled, exp, inlined, match_threads
+
+_HALF, _ONE, _SIXTEEN = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
+_LANES = 64  # running maxima kept side by side, so that their loop vectorises
+
+
+def _read(x: Any) -> Any:
+    """A logit as a number; uint16 stands for the bits of a bfloat16."""
+    raise NotImplementedError("for use inside numba kernels")
+
+
+def _written(x: Any, like: Any) -> Any:
+    """A number as a logit of the kind of `like`; bfloat16 rounds to nearest, ties to even."""
+    raise NotImplementedError("for use inside numba kernels")
+
+
+@overload(_read, inline="always", jit_options={"fastmath": FAST})
+def _read_by_dtype(x):
+    if x == types.uint16:
+        return lambda x: np.uint32(np.uint32(x) << _SIXTEEN).view(np.float32)
+    return lambda x: x
+
+
+@inlined()
+def _bfloat16_bits(x):
+    bits = np.float32(x).view(np.uint32)
+    return np.uint16((bits + _HALF + ((bits >> _SIXTEEN) & _ONE)) >> _SIXTEEN)
+
+
+@overload(_written, inline="always", jit_options={"fastmath": FAST})
+def _written_by_dtype(x, like):
+    if like == types.uint16:
+        return lambda x, like: _bfloat16_bits(x)
+    return lambda x, like: x
+
+
+@compiled()
+def _rows(logits, bias, labels, scale, losses, bias_sums, wants_grad):
+    R, V = logits.shape
+    tasks = bias_sums.shape[0]
+    whole = V - V % _LANES
+    for task in prange(tasks):
+        row, tops = np.empty(V, scale.dtype), np.empty(_LANES, scale.dtype)
+        for r in range(task * R // tasks, (task + 1) * R // tasks):
+            for i in range(V):
+                row[i] = _read(logits[r, i])
+            if bias.size:
+                for i in range(V):
+                    row[i] += bias[i]
+            tops[:] = row[0]
+            for start in range(0, whole, _LANES):
+                for j in range(_LANES):
+                    tops[j] = max(tops[j], row[start + j])
+            top = row[0]
+            for j in range(_LANES):
+                top = max(top, tops[j])
+            for i in range(whole, V):
+                top = max(top, row[i])
+            right = row[labels[r]] - top
+            total = row[0] - row[0]  # zero, of the right dtype; NaN where the row has no number
+            for i in range(V):
+                row[i] = exp(row[i] - top)
+                total += row[i]
+            losses[r] = math.log(total) - right
+            if wants_grad:
+                factor = scale[r] / total
+                for i in range(V):
+                    row[i] *= factor
+                row[labels[r]] -= scale[r]
+                for i in range(V):
+                    logits[r, i] = _written(row[i], logits[r, i])
+                if bias_sums.shape[1]:
+                    for i in range(V):
+                        bias_sums[task, i] += row[i]
+
+
+def softmax_loss_numba(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: Tensor,
+    grad_bias: Tensor | None,
+    wants_grad: bool,
+) -> tuple[Tensor]:
+    """Computes `softmax_loss_reference` on the CPU."""
+    R, V = logits.shape
+    precise = accumulation_dtype(logits.dtype)
+    losses = logits.new_empty(R, dtype=precise)
+    if logits.numel() == 0:
+        return (losses,)
+    match_threads()
+    bits = logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits
+    offset = logits.new_empty(0, dtype=precise) if bias is None else bias
+    columns = V if wants_grad and grad_bias is not None else 0
+    bias_sums = logits.new_zeros(min(R, torch.get_num_threads()), columns, dtype=precise)
+    _rows(*as_arrays(bits, offset, labels, scale, losses, bias_sums), wants_grad)
+    if columns:
+        grad_bias += bias_sums.sum(dim=0)
+    return (losses,)

@@ -1,0 +1,56 @@
+"""Softmax, loss and gradient of a piece of logits, in PyTorch, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from i3lm.ops.dispatch import accumulation_dtype
+
+# The part of a piece that is in float32 at one time, in bytes: small ones stay in the cache.
+SLICE_BYTES = 4 * 2**20
+
+
+def softmax_loss_reference(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: Tensor,
+    grad_bias: Tensor | None,
+    wants_grad: bool,
+) -> tuple[Tensor]:
+    """Gives the loss of every row; the gradient of the logits takes their place.
+
+    ``loss = logsumexp(z) - z[label]`` with ``z = logits + bias``; the gradient is
+    ``scale * (softmax(z) - onehot(label))``.
+
+    Args:
+        logits: Shape (R, V), without bias; overwritten where `wants_grad`.
+        bias: Shape (V,), float32 or float64, or None.
+        labels: The right column of every row, shape (R,).
+        scale: What the row's gradient is multiplied by, shape (R,); 0 for rows that do not count.
+        grad_bias: Where to add the gradient of the bias, shape (V,), or None.
+        wants_grad: Whether to compute gradients.
+
+    Returns:
+        The losses, shape (R,), float32 or float64.
+    """
+    precise = accumulation_dtype(logits.dtype)
+    rows = max(1, SLICE_BYTES // (precise.itemsize * logits.shape[1]))
+    losses = torch.empty(logits.shape[0], dtype=precise, device=logits.device)
+    for start in range(0, logits.shape[0], rows):
+        part = slice(start, start + rows)
+        scores = logits[part].to(precise)
+        if bias is not None:
+            scores = scores + bias
+        index = labels[part].unsqueeze(1)
+        normalizer = torch.logsumexp(scores, dim=1, keepdim=True)
+        losses[part] = (normalizer - scores.gather(1, index)).squeeze(1)
+        if wants_grad:
+            grad = (scores - normalizer).exp_()
+            grad.scatter_add_(1, index, grad.new_full((1, 1), -1).expand_as(index))
+            grad.mul_(scale[part].unsqueeze(1))
+            if grad_bias is not None:
+                grad_bias += grad.sum(dim=0)
+            logits[part] = grad.to(logits.dtype)
+    return (losses,)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from i3lm.ops import linear_cross_entropy
+from i3lm.ops.cross_entropy import SOFTMAX_LOSS
+from i3lm.ops.dispatch import use_implementation
+from tests.ops.drawing import make_generator
+
+NAMES = SOFTMAX_LOSS.names
+# Against float64: sums over up to 200 columns, and in bfloat16 logits of 8 bits.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def draw(N: int, C: int, V: int, has_bias: bool) -> tuple[list[Tensor], Tensor]:
+    generator = make_generator(N, C, V, has_bias)
+    shapes = [(N, C), (V, C), *([(V,)] if has_bias else [])]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[torch.rand(N, generator=generator) < 0.2] = -100
+    return tensors, labels
+
+
+def loss_of(tensors: list[Tensor], labels: Tensor, **options) -> Tensor:
+    hidden, weight, *bias = tensors
+    return linear_cross_entropy(hidden, weight, bias[0] if bias else None, labels, **options)
+
+
+def plain_loss(tensors: list[Tensor], labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(*tensors), labels)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    N=st.integers(1, 40),
+    C=st.integers(1, 9),
+    V=st.integers(1, 200),
+    has_bias=st.booleans(),
+    piece_bytes=st.sampled_from([1, 500, 2**26]),
+)
+def test_equals_the_plain_loss_in_pieces_of_any_size(
+    name: str, dtype: torch.dtype, N: int, C: int, V: int, has_bias: bool, piece_bytes: int
+):
+    tensors, labels = draw(N, C, V, has_bias)
+    labels[0] = 0  # at least one counts
+    leaves = [x.to(dtype).requires_grad_() for x in tensors]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    with use_implementation(softmax_loss=name):
+        got = loss_of(leaves, labels, piece_bytes=piece_bytes)
+    expected = plain_loss(exact, labels)
+    grads = torch.autograd.grad(3 * got, leaves)
+    wanted = torch.autograd.grad(3 * expected, exact)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for a, b in zip((got, *grads), (expected, *wanted), strict=True):
+        error = (a.double() - b).abs().max() / b.abs().max().clamp_min(1)
+        assert error <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_huge_logits_stay_finite_and_exact(name: str):
+    # Logits of -3e4 to 3e4: their exponentials exist only relative to the largest.
+    hidden = torch.tensor([[1.0], [-1.0], [1e-3]], requires_grad=True)
+    weight = torch.linspace(-3e4, 3e4, 101).unsqueeze(1).requires_grad_()
+    labels = torch.tensor([100, 100, 40])
+    with use_implementation(softmax_loss=name):
+        got = linear_cross_entropy(hidden, weight, None, labels)
+    expected = plain_loss([hidden.detach().double(), weight.detach().double()], labels)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
+    grads = torch.autograd.grad(got, (hidden, weight))
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_diverged_row_shows(name: str, bad: float, dtype: torch.dtype):
+    hidden, weight = torch.ones(3, 2, dtype=dtype), torch.ones(70, 2, dtype=dtype)
+    hidden[1, 0] = bad
+    with use_implementation(softmax_loss=name):
+        assert not linear_cross_entropy(hidden, weight, None, torch.tensor([1, 2, 3])).isfinite()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bias_is_not_rounded_to_the_products_dtype(name: str):
+    hidden, weight = torch.zeros(1, 2), torch.zeros(3, 2)
+    bias = torch.tensor([100.0, 100.01, 0.0])  # one number in bfloat16
+    with use_implementation(softmax_loss=name), torch.autocast("cpu", torch.bfloat16):
+        got = linear_cross_entropy(hidden, weight, bias, torch.tensor([0]))
+    torch.testing.assert_close(got, F.cross_entropy(bias.unsqueeze(0), torch.tensor([0])))
+
+
+def test_only_wanted_gradients_are_computed():
+    tensors, labels = draw(6, 3, 11, has_bias=True)
+    hidden, weight, bias = tensors
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, bias, labels)
+    saved = [x for x in loss.grad_fn.saved_tensors if x is not None]
+    assert [x.shape for x in saved] == [hidden.shape]
+    (got,) = torch.autograd.grad(loss, hidden)
+    (expected,) = torch.autograd.grad(plain_loss(tensors, labels), hidden)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_to_predict_is_a_loss_of_zero(name: str):
+    leaves = [torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)]
+    with use_implementation(softmax_loss=name):
+        for rows in (4, 0):
+            loss = linear_cross_entropy(
+                leaves[0][:rows], leaves[1], None, torch.full((rows,), -100)
+            )
+            assert loss.item() == 0
+            assert all(not g.any() for g in torch.autograd.grad(loss, leaves))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "label", "message"),
+    [
+        (((2, 4), (5, 3), (5,)), 0, r"weight \(5, 3\) must have shape \(V, 4\)"),
+        (((2, 4), (5, 4), (6,)), 0, r"bias \(6,\) shape \(V,\)"),
+        (((2, 3, 4), (5, 4), (5,)), 0, r"hidden \(2, 3, 4\) must have shape \(N, C\)"),
+        (((2, 4), (5, 4), (5,)), 5, r"label 5 is outside the vocabulary: labels run from 0 to 4"),
+        (((2, 4), (5, 4), (5,)), -1, r"label -1 is outside the vocabulary"),
+    ],
+)
+def test_what_does_not_fit_is_named(shapes, label: int, message: str):
+    tensors = [torch.zeros(shape) for shape in shapes]
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(*tensors, torch.full((2,), label))

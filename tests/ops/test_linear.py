@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from i3lm.ops import linear
+from i3lm.ops.dispatch import use_implementation
+from i3lm.ops.linear import LINEAR
+from tests.ops.drawing import make_generator
+
+NAMES = [
+    i.name for i in LINEAR.implementations if i.refuses(torch.device("cpu"), torch.float32) is None
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_product_and_gradients_in_float32(name: str, data: st.DataObject):
+    before = data.draw(st.lists(st.integers(0, 5), min_size=0, max_size=2))
+    inner, outer = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    has_bias = data.draw(st.booleans())
+    generator = make_generator(inner, outer, has_bias, *before)
+    shapes = [(*before, inner), (outer, inner), *([(outer,)] if has_bias else [])]
+    exact = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in shapes
+    ]
+    inputs = [x.detach().float().requires_grad_() for x in exact]
+    with use_implementation(linear=name):
+        got = linear(*inputs)
+    expected = F.linear(*exact)
+    weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    grads = torch.autograd.grad((got * weights.float()).sum(), inputs)
+    wanted = torch.autograd.grad((expected * weights).sum(), exact)
+    assert got.dtype == torch.float32
+    # Sums of up to 40 (125 for the weight) products of size 1 in float32.
+    for a, b in zip((got, *grads), (expected, *wanted), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_strides_of_inputs_do_not_matter():
+    generator = make_generator(1)
+    x = torch.randn(7, 5, 3, generator=generator).transpose(0, 2)  # (3, 5, 7)
+    weight = torch.randn(7, 4, generator=generator).T
+    torch.testing.assert_close(linear(x, weight), x.contiguous() @ weight.contiguous().T)
+
+
+def test_frozen_inputs_have_no_gradient():
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)
+    linear(x, weight).sum().backward()
+    assert weight.grad is None
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 4))
+
+
+def test_autocast_and_low_precision_keep_their_dtype():
+    x, weight = torch.randn(3, 4), torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+    assert linear(x.double(), weight.double()).dtype == torch.float64
+
+
+def test_is_exact_where_float32_is_promised():
+    # A product in bfloat16 or TF32 would lose these digits.
+    x = torch.tensor([[1.0, 2.0**-20]])
+    assert linear(x, torch.ones(1, 2)).item() == 1 + 2.0**-20

@@ -1,0 +1,40 @@
+"""What our trainer relies on in transformers' own, part of which is private there."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from transformers import Trainer
+
+from i3lm.training.trainer import I3Trainer
+
+# Method -> the parameters that it has in the versions of transformers that we were written for.
+OVERRIDDEN = {
+    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    "create_optimizer": ["model"],
+    "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "_init_training_state": [
+        "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint",
+        "trial",
+    ],
+    "_run_epoch": [
+        "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch",
+        "trial", "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ],
+    "_save_checkpoint": ["model", "trial"],
+    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+    "_load_optimizer_and_scheduler": ["checkpoint"],
+    "_load_rng_state": ["checkpoint"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_what_is_overridden_is_as_we_know_it(name: str):
+    assert list(inspect.signature(getattr(Trainer, name)).parameters)[1:] == OVERRIDDEN[name]
+
+
+def test_everything_that_is_overridden_is_listed():
+    own = {name for name in vars(I3Trainer) if inspect.isfunction(vars(I3Trainer)[name])}
+    assert own - {"__init__"} == set(OVERRIDDEN)
