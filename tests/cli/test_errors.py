@@ -304,7 +304,7 @@ def test_generating_past_the_positions_of_a_peer(
         (
             {"layer_types": "3 x mamba"},
             "layer_types: '3 x mamba' is not of the form 'N x TYPE' with TYPE one of "
-            "linear_attention, full_attention, hybrid",
+            "linear_attention, full_attention, sliding_attention, hybrid",
         ),
         (
             {"model_type": "gtp2"},
