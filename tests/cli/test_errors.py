@@ -172,6 +172,13 @@ def test_sampling_options(refuses, command: str, option: str, message: str):
     refuses([command, "x", *prompt, option], message)
 
 
+def test_policy_past_the_context(refuses):
+    refuses(
+        ["generate", "x", "--prompt", "a", "--context-overflow", "slide"],
+        "context_overflow (slide) must be one of error, window, shift",
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -297,7 +304,7 @@ def test_generating_past_the_positions_of_a_peer(
         (
             {"layer_types": "3 x mamba"},
             "layer_types: '3 x mamba' is not of the form 'N x TYPE' with TYPE one of "
-            "linear_attention, full_attention, hybrid",
+            "linear_attention, full_attention, sliding_attention, hybrid",
         ),
         (
             {"model_type": "gtp2"},
@@ -669,6 +676,15 @@ def test_processes_end_with_one_line(i3lm: Process, tiny_run: Path, tmp_path: Pa
         "i3lm generate: error: the prompt has 33 tokens, and this model's context is 32: shorten "
         "the prompt",
     )
+    assert_one_line(
+        i3lm(
+            "generate", tiny_run, "--prompt", "Once", "--context-overflow", "error",
+            "--max-new-tokens", "29",
+        ),
+        "i3lm generate: error: the prompt has 4 tokens and 29 more are asked for, but this "
+        "model's context is 32: shorten the prompt, ask for fewer, or set context_overflow to "
+        "window or shift",
+    )  # fmt: skip
     assert_one_line(
         i3lm("chat", tmp_path),
         f"i3lm chat: error: {tmp_path}: holds no model (no config.json); give a checkpoint folder "

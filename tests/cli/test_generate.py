@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from i3lm.cli import main
-from tests.conftest import Process
+from tests.conftest import TINY_MODEL, TINY_TRAINING, Process
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,6 +49,38 @@ def test_narrow_draws_are_greedy(tiny_run: Path, capsys: pytest.CaptureFixture[s
 
 def test_longer_than_the_context(tiny_run: Path, capsys: pytest.CaptureFixture[str]):
     assert generate(capsys, tiny_run, "--max_new_tokens", "80")["new_tokens"] == 80
+
+
+def test_policies_past_the_context(tiny_run: Path, capsys: pytest.CaptureFixture[str]):
+    texts = {
+        overflow: generate(
+            capsys, tiny_run, "--max-new-tokens", "80", "--temperature", "0",
+            "--context-overflow", overflow,
+        )["text"]
+        for overflow in ("window", "shift")
+    }  # fmt: skip
+    fits = generate(capsys, tiny_run, "--max-new-tokens", "28", "--temperature", "0")["text"]
+    assert {len(text) for text in texts.values()} == {80}
+    assert all(text.startswith(fits) for text in texts.values())
+    assert (
+        generate(capsys, tiny_run, "--max-new-tokens", "80", "--temperature", "0")["text"]
+        == texts["window"]
+    )
+
+
+def test_a_model_without_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = {
+        **TINY_MODEL,
+        "layer_types": "linear_attention, sliding_attention",
+        "sliding_window": 8,
+        "position_embedding_type": "rope",
+    }
+    training = [*TINY_TRAINING, "--model.config", json.dumps(model), "--training.max_steps", "5"]
+    assert main(["train", "--output", str(tmp_path / "run"), *training]) == 0
+    capsys.readouterr()
+    options = ["--prompt", "x" * 40, "--max_new_tokens", "60", "--context_overflow", "error"]
+    result = generate(capsys, tmp_path / "run", *options)
+    assert (result["prompt_tokens"], result["new_tokens"]) == (40, 60)  # it is made for 32
 
 
 def test_bf16(tiny_run: Path, capsys: pytest.CaptureFixture[str]):

@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from i3lm.layers import CausalSelfAttention
+from i3lm.layers import CausalSelfAttention, RotaryEmbedding
+from i3lm.layers.attention import rotate
 from tests.layers.building import count, draw, with_random_parameters
 
 # Softmax over a few float64 numbers.
@@ -108,3 +111,37 @@ def test_the_future_does_not_change_the_past():
     before = layer(x)
     x[:, 5:] += 1
     torch.testing.assert_close(layer(x)[:, :5], before[:, :5], **EXACT)
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 300.0])
+def test_rotary_positions_are_those_of_transformers(theta: float):
+    config = LlamaConfig(
+        hidden_size=24, num_attention_heads=3, rope_parameters={"rope_theta": theta}
+    )
+    query, key = draw(2, 3, 7, 8).float(), draw(2, 3, 7, 8).float()
+    positions = torch.tensor([[0, 1, 2, 3, 50, 51, 400], [0, 0, 0, 1, 2, 3, 4]])
+    cosine, sine = LlamaRotaryEmbedding(config)(query, positions)
+    expected = apply_rotary_pos_emb(query, key, cosine, sine)
+    rotation = RotaryEmbedding(8, theta)(positions)
+    for ours, theirs in zip(
+        (rotate(query, rotation), rotate(key, rotation)), expected, strict=True
+    ):
+        # They compute the angles in float32: 400 is known to 3e-5.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_of_rotary_positions_depend_on_distance_alone_millions_of_tokens_on():
+    rotary = RotaryEmbedding(8, 10_000.0)
+    query, key = draw(1, 1, 1, 8).float(), draw(1, 1, 1, 8).float()
+    scores = []
+    for start in (0, 100_000, 50_000_000):
+        rotations = [rotary(torch.tensor([[start + distance]])) for distance in (0, 9)]
+        scores.append((rotate(key, rotations[0]) * rotate(query, rotations[1])).sum())
+    # float32 sums of eight products; angles in float32 would be off by 4 at the last.
+    torch.testing.assert_close(torch.stack(scores), scores[0].expand(3), rtol=1e-5, atol=1e-5)
+
+
+def test_rotation_keeps_the_precision_of_its_input():
+    layer = with_random_parameters(CausalSelfAttention(6, 1)).bfloat16()
+    x, rotary = draw(1, 4, 6).bfloat16(), RotaryEmbedding(6, 100.0).bfloat16()
+    assert layer(x, rotation=rotary(torch.arange(4)[None])).dtype == torch.bfloat16

@@ -10,7 +10,8 @@ from i3lm.models.i3 import I3Config
 from i3lm.models.i3.configuration_i3 import expand_layer_pattern
 
 L, F, H = "linear_attention", "full_attention", "hybrid"
-FORM = "is not of the form 'N x TYPE' with TYPE one of linear_attention, full_attention, hybrid"
+TYPES = "linear_attention, full_attention, sliding_attention, hybrid"
+FORM = f"is not of the form 'N x TYPE' with TYPE one of {TYPES}"
 
 
 @pytest.mark.parametrize(
@@ -41,12 +42,22 @@ def test_patterns_name_layers_from_the_bottom(pattern: str, expected: list[str])
         ("0 x hybrid", "0 x hybrid"),
         ("-1 x hybrid", "-1 x hybrid"),
         ("hybrid x 2", "hybrid x 2"),
-        ("sliding_attention", "sliding_attention"),
+        ("chunked_attention", "chunked_attention"),
     ],
 )
 def test_a_bad_pattern_is_refused_with_its_part(pattern: str, part: str):
     with pytest.raises(ValueError, match=rf"^{re.escape(f'layer_types: {part!r} {FORM}')}$"):
         expand_layer_pattern(pattern)
+
+
+def test_positions_end_where_they_are_learned():
+    assert I3Config().position_limit == 256
+    assert I3Config().rope_parameters is None
+    assert I3Config(position_embedding_type="none").position_limit is None
+    rope = I3Config(position_embedding_type="rope", rope_parameters={"rope_theta": 500})
+    assert rope.position_limit is None
+    assert rope.rope_parameters == {"rope_theta": 500, "rope_type": "default"}
+    assert I3Config(position_embedding_type="rope").rope_parameters["rope_theta"] == 10_000
 
 
 def test_defaults_follow_from_each_other():
@@ -92,9 +103,8 @@ WHOLE = "must be a whole number of at least 1"
             "leave it out and it follows",
         ),
         (
-            {"layer_types": ["sliding_attention"]},
-            "layer_types ('sliding_attention') must be one of "
-            "linear_attention, full_attention, hybrid",
+            {"layer_types": ["chunked_attention"]},
+            f"layer_types ('chunked_attention') must be one of {TYPES}",
         ),
         ({"recurrence": "mamba"}, "recurrence ('mamba') must be one of rwkv4, state_space"),
         ({"recurrence": ""}, "recurrence ('') must be one of rwkv4, state_space"),
@@ -102,6 +112,49 @@ WHOLE = "must be a whole number of at least 1"
         (
             {"low_rank": 4, "tie_word_embeddings": True},
             "tie_word_embeddings needs a full-rank head: set low_rank to null or untie",
+        ),
+        (
+            {"position_embedding_type": "absolute"},
+            "position_embedding_type ('absolute') must be one of learned, rope, none",
+        ),
+        (
+            {"position_embedding_type": "none", "rope_parameters": {"rope_theta": 500.0}},
+            "rope_parameters are of no use with position_embedding_type ('none'): set that to "
+            "rope, or leave them out",
+        ),
+        (
+            {"position_embedding_type": "rope", "layer_types": "3 x linear_attention"},
+            "position_embedding_type 'rope' needs an attention layer, and layer_types has none: "
+            "take 'none'",
+        ),
+        (
+            {"position_embedding_type": "rope", "hidden_size": 24},
+            "position_embedding_type 'rope' needs an even size per head: hidden_size (24) / "
+            "num_attention_heads (8) is 3",
+        ),
+        (
+            {"position_embedding_type": "rope", "rope_parameters": {"rope_theta": 1}},
+            "rope_theta (1) must be a number above 1",
+        ),
+        (
+            {
+                "position_embedding_type": "rope",
+                "rope_parameters": {"rope_theta": 9.0, "rope_type": "dynamic", "factor": 2.0},
+            },
+            "rope_parameters ({'rope_theta': 9.0, 'rope_type': 'dynamic', 'factor': 2.0}) may "
+            "set rope_theta only",
+        ),
+        (
+            {"layer_types": "sliding_attention"},
+            "sliding_attention layers need sliding_window: say how many tokens",
+        ),
+        (
+            {"sliding_window": 64},
+            "sliding_window (64) is of no use: no layer of layer_types is sliding_attention",
+        ),
+        (
+            {"layer_types": "sliding_attention", "sliding_window": 1},
+            "sliding_window (1) must be at least 2",
         ),
     ],
 )
@@ -117,6 +170,11 @@ def test_a_bad_value_is_refused_with_its_rule(fields: dict[str, Any], message: s
         {"layer_types": "2 x hybrid", "recurrence": "state_space", "low_rank": 4},
         {"tie_word_embeddings": True, "eos_token_id": [1, 2], "pad_token_id": 0},
         {"layer_types": [F, L], "initialization": "original", "intermediate_size": 7},
+        {"layer_types": "2 x sliding_attention", "sliding_window": 9},
+        {
+            "position_embedding_type": "rope",
+            "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+        },
     ],
 )
 def test_a_configuration_comes_back_from_a_mapping_and_a_folder(

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from i3lm.layers import CausalSelfAttention, ChannelMix, FeedForward, HybridMixer, TimeMix
 from i3lm.models.i3 import I3Cache, I3Config, I3ForCausalLM, I3Model
-from tests.models.tiny_i3 import KINDS, draw_ids, make_config, make_model
+from tests.models.tiny_i3 import KINDS, LIMITED, UNLIMITED, draw_ids, make_config, make_model
 
 # float32 logits of size 1 to 10 through three layers, summed in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -46,7 +46,7 @@ def test_later_tokens_do_not_change_earlier_logits(kind: str):
 
 @every_kind
 def test_every_earlier_token_changes_the_last_logits(kind: str):
-    model, ids = make_model(kind), draw_ids(1, 8)
+    model, ids = make_model(kind), draw_ids(1, 8)  # the recurrent layers see past any window
     with torch.no_grad():
         logits = model(ids).logits[:, -1]
         for t in range(7):
@@ -88,7 +88,7 @@ def test_the_cache_counts_tokens_and_keeps_float32_states(kind: str):
     cache = model(ids[:, :3], past_key_values=cache, use_cache=True).past_key_values
     assert cache.get_seq_length() == 9
     for layer, layer_type in zip(cache.layers, model.config.layer_types, strict=True):
-        if layer_type != "full_attention":
+        if layer_type in ("linear_attention", "hybrid"):
             assert layer.recurrent_states[0].dtype == torch.float32
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -318,7 +318,9 @@ def test_rwkv_scheme_begins_as_the_identity(kind: str):
     model = I3ForCausalLM(make_config(kind, initialization="rwkv")).eval()
     ids = draw_ids(2, 9)
     with torch.no_grad():
-        embedded = model.model.embed_tokens(ids) + model.model.embed_positions.weight[:9]
+        embedded = model.model.embed_tokens(ids)
+        if kind in LIMITED:
+            embedded += model.model.embed_positions.weight[:9]
         expected = model.lm_head(model.model.norm(embedded))
         # Zeros were added: equal to the last bit.
         assert torch.equal(model(ids).logits, expected)
@@ -392,7 +394,7 @@ def test_an_id_outside_the_vocabulary_is_refused(bad: int):
         make_model("rwkv4")(ids)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", LIMITED)
 def test_more_tokens_than_positions_are_refused(kind: str):
     model = make_model(kind)
     assert model(draw_ids(1, 24)).logits.shape == (1, 24, 37)
@@ -464,3 +466,77 @@ def test_training_makes_no_cache():
     assert model(ids).past_key_values is None
     assert model.eval()(ids).past_key_values is not None
     assert model(ids, use_cache=False).past_key_values is None
+
+
+def band(T: int, window: int, padding: Tensor) -> Tensor:
+    """What each token may see: the last `window` real ones, bool, (B, 1, T, T)."""
+    query, key = torch.arange(T)[:, None], torch.arange(T)
+    near = (key <= query) & (key > query - window)
+    # Padding has to see something, and nobody looks at what it sees.
+    return (near & (key >= padding[:, None, None, None])) | torch.eye(T, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("window", [2, 5, 14, 40])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 6)], ids=["whole", "padded"])
+@pytest.mark.parametrize("position", ["learned", "rope", "none"])
+def test_sliding_attention_trains_as_full_attention_with_a_band(
+    window: int, padding: tuple[int, int], position: str
+):
+    kind, ids, starts = "all attention", draw_ids(2, 14), torch.tensor(padding)
+    full = make_model(kind, position_embedding_type=position).double().train()
+    sliding = I3ForCausalLM(
+        make_config(
+            kind,
+            layer_types="2 x sliding_attention",
+            sliding_window=window,
+            position_embedding_type=position,
+        )
+    )
+    sliding.double().train().load_state_dict(full.state_dict())
+    mask = (torch.arange(14) >= starts[:, None]).long()
+    labels = torch.where(mask.bool(), ids, -100)
+    labels[:, : starts.max() + 1] = -100
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    expected = full(
+        ids, attention_mask=band(14, window, starts), position_ids=positions, labels=labels
+    )
+    output = sliding(ids, attention_mask=mask if max(padding) else None, labels=labels)
+    # The same sums in float64.
+    exact = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(output.logits[mask.bool()], expected.logits[mask.bool()], **exact)
+    expected.loss.backward()
+    output.loss.backward()
+    for (name, one), other in zip(sliding.named_parameters(), full.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, **exact, msg=name)
+
+
+@pytest.mark.parametrize("kind", UNLIMITED)
+def test_texts_may_be_longer_than_what_the_model_is_made_for(kind: str):
+    model, ids = make_model(kind), draw_ids(2, 60)
+    with torch.no_grad():
+        whole = model(ids).logits
+    torch.testing.assert_close(read_in_pieces(model, ids, [31] + [1] * 29), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "sliding rope", "sliding none"])
+def test_a_sliding_layer_keeps_no_more_keys_than_its_window_shows(kind: str):
+    model, ids = make_model(kind), draw_ids(1, 20)
+    cache = model(ids, use_cache=True).past_key_values
+    for _ in range(3):
+        for layer, layer_type in zip(cache.layers, model.config.layer_types, strict=True):
+            if layer_type == "sliding_attention":
+                assert layer.keys.shape[2] == layer.values.shape[2] == 4  # and the next is 5
+        model(ids[:, :1], past_key_values=cache)
+    assert cache.get_seq_length() == 23
+
+
+@pytest.mark.parametrize("kind", ["sliding rope", "sliding none", "all rwkv4 none"])
+def test_thousands_of_tokens_decode_as_one_pass_reads_them(kind: str):
+    model, ids = make_model(kind), draw_ids(1, 3000)
+    with torch.no_grad():
+        for mixer in layers_of(model, HybridMixer):
+            mixer.mix.clamp_(0, 0.99)  # a running average above 1 grows without bound
+        whole = model(ids).logits
+    decoded = read_in_pieces(model, ids, [1] * 3000)
+    # The states of 3,000 steps, summed in another order.
+    torch.testing.assert_close(decoded, whole, **CLOSE)

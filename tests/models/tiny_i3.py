@@ -23,7 +23,33 @@ KINDS: dict[str, dict[str, Any]] = {
     "all rwkv4": {"layer_types": "3 x linear_attention", "recurrence": "rwkv4"},
     "all state_space": {"layer_types": "3 x linear_attention", "recurrence": "state_space"},
     "all attention": {"layer_types": "2 x full_attention"},
+    "sliding": {
+        "layer_types": "linear_attention, sliding_attention, full_attention",
+        "sliding_window": 5,
+    },
+    "rope": {
+        "layer_types": "linear_attention, full_attention, hybrid",
+        "position_embedding_type": "rope",
+    },
+    "sliding rope": {
+        "layer_types": "linear_attention, 2 x sliding_attention",
+        "sliding_window": 5,
+        "position_embedding_type": "rope",
+    },
+    "sliding none": {
+        "layer_types": "2 x linear_attention, sliding_attention",
+        "recurrence": "state_space",
+        "sliding_window": 5,
+        "position_embedding_type": "none",
+    },
+    "all rwkv4 none": {
+        "layer_types": "2 x linear_attention",
+        "position_embedding_type": "none",
+    },
 }
+# Whose learned positions end.
+LIMITED = [kind for kind in KINDS if "position_embedding_type" not in KINDS[kind]]
+UNLIMITED = [kind for kind in KINDS if kind not in LIMITED]
 
 
 def make_config(kind: str, **changes: Any) -> I3Config:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from i3lm.planning import count_matmul_parameters, training_flops_per_token
+from i3lm.models.i3 import I3Config
+from i3lm.planning import count_matmul_parameters, count_parameters, training_flops_per_token
 from i3lm.presets import load_preset
 
 
@@ -25,3 +26,26 @@ def test_flops_per_token(preset: str, gflops: float):
     config = load_preset(preset).config()
     measured = training_flops_per_token(config, config.max_position_embeddings) / 1e9
     assert measured == pytest.approx(gflops, rel=0.03)
+
+
+@pytest.mark.parametrize(("window", "T"), [(16, 64), (64, 64), (500, 64), (3, 1000)])
+def test_attention_of_a_sliding_window_by_counting_keys(window: int, T: int):
+    config = I3Config(
+        vocab_size=50,
+        hidden_size=16,
+        layer_types="linear_attention, 2 x sliding_attention",
+        sliding_window=window,
+        position_embedding_type="none",
+    )
+    seen = sum(min(t + 1, window) for t in range(T)) / T
+    attention = training_flops_per_token(config, T) - 6 * count_matmul_parameters(config)
+    # Half a key per layer is left out, as in the published estimates.
+    assert attention == pytest.approx(2 * 12 * 16 * seen, abs=2 * 12 * 16 * 0.51)
+
+
+def test_only_learned_positions_have_parameters():
+    counts = {
+        kind: count_parameters(I3Config(position_embedding_type=kind))
+        for kind in ("learned", "rope", "none")
+    }
+    assert counts["learned"] - 256 * 512 == counts["rope"] == counts["none"]

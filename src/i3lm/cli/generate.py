@@ -11,6 +11,7 @@ def generate(
     top_k: int = 50,
     top_p: float = 1.0,
     seed: int = 0,
+    context_overflow: str | None = None,
     device: str = "auto",
     precision: str = "fp32",
     json: bool = False,
@@ -27,6 +28,10 @@ def generate(
         top_k: Draw among this many likeliest tokens; 0 means all.
         top_p: Draw among the likeliest tokens that together have this probability.
         seed: Seed of the draws.
+        context_overflow: Past the context of a model with learned positions: error refuses at
+            once, window computes each token anew from the last that fit, shift drops the oldest
+            half whenever the context is full. By default, the model's own setting (window where
+            it has none), and prompts must fit.
         device: cpu, cuda (or one GPU by its number, such as cuda:1), mps, or auto for the fastest
             there is.
         precision: fp32, bf16 or auto.
@@ -37,11 +42,11 @@ def generate(
     from i3lm.inference import SamplingOptions, TextGenerator
     from i3lm.inference.loading import check_room, load_checkpoint
 
-    options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed)
+    options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed, context_overflow)
     where = resolve_device(device)
     model, tokenizer = load_checkpoint(checkpoint, where)
     generator = TextGenerator(model, tokenizer, resolve_precision(precision, where))
-    check_room(model, len(generator.encode_prompt(prompt)), max_new_tokens)
+    check_room(model, len(generator.encode_prompt(prompt, context_overflow)), max_new_tokens)
     completion = generator.complete(prompt, options)
     if json:
         print_json({

@@ -4,7 +4,7 @@ A token mixer maps (B, T, C) to (B, T, C) and carries a state between calls, so 
 given in pieces gives what it gives at once.
 """
 
-from i3lm.layers.attention import CausalSelfAttention
+from i3lm.layers.attention import CausalSelfAttention, RotaryEmbedding
 from i3lm.layers.channel_mix import ChannelMix
 from i3lm.layers.feed_forward import FeedForward
 from i3lm.layers.hybrid import HybridMixer
@@ -19,5 +19,6 @@ __all__ = [
     "HybridMixer",
     "Linear",
     "LowRankLinear",
+    "RotaryEmbedding",
     "TimeMix",
 ]

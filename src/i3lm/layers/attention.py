@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from i3lm.layers.linear import Linear
 from i3lm.ops import causal_attention
 
+# What turns queries and keys: cosines and sines, each (B, 1, T, D).
+Rotation = tuple[Tensor, Tensor]
 # Stores new keys and values (B, H, T, D) and gives back all of them so far.
 KeyValueStore = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -43,7 +45,11 @@ class CausalSelfAttention(nn.Module):
         self.output = Linear(hidden_size, hidden_size)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, store: KeyValueStore | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        store: KeyValueStore | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Maps (B, T, C) to (B, T, C).
 
@@ -52,10 +58,13 @@ class CausalSelfAttention(nn.Module):
             mask: What each token may see, bool (True may) or additive, broadcastable to
                 (B, H, T, S). None means the causal rule alone.
             store: Where keys and values are kept between calls, or None.
+            rotation: What `RotaryEmbedding` gives for the tokens' positions, or None.
         """
         B, T, C = x.shape
         heads = self.query_key_value(x).view(B, T, 3, self.num_attention_heads, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         if store is not None:
             key, value = store(key, value)
         S = key.shape[2]
@@ -66,6 +75,40 @@ class CausalSelfAttention(nn.Module):
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.output(mixed.transpose(1, 2).reshape(B, T, C))
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary positions (arXiv:2104.09864, section 3.2.2).
+
+    At position p, channels i and i + D/2 of a head turn by the angle ``p theta^(-2i/D)`` (the
+    pairs of transformers' models), so that scores depend on distances alone.
+
+    Args:
+        head_dim: Channels D per head, an even number.
+        theta: Base of the frequencies.
+    """
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        # Plain numbers, so that a cast of the model to bfloat16 leaves them alone.
+        self.frequencies = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor, dtype: torch.dtype = torch.float32) -> Rotation:
+        """Maps positions (B, T) to cosines and sines, each (B, 1, T, D), of the dtype."""
+        # float32 cannot tell neighbouring angles apart a few hundred thousand tokens on.
+        exact = torch.float32 if position_ids.device.type == "mps" else torch.float64
+        frequencies = torch.tensor(self.frequencies, dtype=exact, device=position_ids.device)
+        angles = position_ids[:, None, :, None] * frequencies  # (B, 1, T, D/2)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turns the channels of queries or keys (B, H, T, D) by the angles of their positions."""
+    cosine, sine = rotation
+    low, high = x.chunk(2, dim=-1)
+    return (x * cosine + torch.cat([-high, low], dim=-1) * sine).to(x.dtype)
 
 
 class _NarrowQueryKeyValue(nn.Module):

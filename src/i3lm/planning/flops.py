@@ -21,17 +21,23 @@ def count_matmul_parameters(config: PreTrainedConfig) -> int:
 
 
 def training_flops_per_token(config: PreTrainedConfig, context_length: int) -> float:
-    """Operations to train on one token: ``6 N + 6 L T C``.
+    """Operations to train on one token: ``6 N + 12 C`` per key that its attention layers see.
 
-    N are the matmul parameters (2 operations forwards, 4 backwards each). The second term is
-    causal attention over T tokens in the L layers that have it, at half the square. The
-    recurrences themselves are left out: less than a hundredth at these widths.
+    N are the matmul parameters (2 operations forwards, 4 backwards each). A token sees
+    ``T / 2`` keys on average in a layer of causal attention over T tokens, and
+    ``W - W^2 / (2 T)`` in one with a sliding window of W < T. The recurrences themselves are
+    left out: less than a hundredth at these widths.
 
     Args:
         config: The model's configuration.
         context_length: Tokens T per row.
     """
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    attention_layers = sum(kind != "linear_attention" for kind in kinds)
-    attention = 6 * attention_layers * context_length * config.hidden_size
-    return 6.0 * count_matmul_parameters(config) + attention
+    keys = 0.0
+    for kind in kinds:
+        if kind == "sliding_attention":
+            window = min(config.sliding_window, context_length)
+            keys += window - window**2 / (2 * context_length)
+        elif kind != "linear_attention":
+            keys += context_length / 2
+    return 6.0 * count_matmul_parameters(config) + 12 * config.hidden_size * keys

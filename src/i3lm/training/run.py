@@ -91,7 +91,7 @@ def run_training(
     rows = ContiguousRows(texts.training, context)
     generator = TextGenerator(model, tokenizer, precision)
     for prompt in options.sample.prompts:
-        check_room(model, len(generator.encode_prompt(prompt)), draws.max_new_tokens)
+        check_room(model, len(generator.encode_prompt(prompt)), options.sample.max_new_tokens)
     if training.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise ConfigurationError(
             f"training.gradient_checkpointing: a model of type {model.config.model_type} does not "

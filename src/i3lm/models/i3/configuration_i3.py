@@ -9,9 +9,10 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-LAYER_TYPES = ("linear_attention", "full_attention", "hybrid")
+LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention", "hybrid")
 RECURRENCES = ("rwkv4", "state_space")
 INITIALIZATIONS = ("original", "rwkv")
+POSITION_EMBEDDING_TYPES = ("learned", "rope", "none")
 
 _REPEATED = re.compile(r"(?:(\d+)\s*x\s*)?([a-z_]+)")
 
@@ -48,8 +49,9 @@ class I3Config(PreTrainedConfig):
         intermediate_size: Width F of the feed-forward networks; 4 C when None.
         layer_types: The layers, bottom first, as a list or as a pattern such as
             ``"10 x linear_attention, 6 x full_attention"``. ``linear_attention`` is a recurrent
-            layer, ``full_attention`` an attention layer, ``hybrid`` a recurrent mixer followed
-            by attention inside one layer (the v1 members).
+            layer, ``full_attention`` an attention layer, ``sliding_attention`` one that sees the
+            last `sliding_window` tokens only, ``hybrid`` a recurrent mixer followed by full
+            attention inside one layer (the v1 members).
         num_hidden_layers: Number of layers; follows from `layer_types`.
         recurrence: The mixer of recurrent and hybrid layers: ``rwkv4`` (time mix, with channel
             mix as feed-forward) or ``state_space`` (the hybrid mixer of i3-80m, with a GELU
@@ -58,7 +60,16 @@ class I3Config(PreTrainedConfig):
         num_attention_heads: Heads H of attention; must divide C.
         low_rank: If given, attention's query, key and value maps, the feed-forward networks and
             the output head have this rank (the v1 members).
-        max_position_embeddings: Context length: number of learned absolute positions.
+        max_position_embeddings: Context length T that the model is made for: the number of
+            learned positions, and the longest row it is trained on.
+        position_embedding_type: How a token's place is told: ``learned`` (an embedding of the
+            absolute position, as in all published members), ``rope`` (rotary, in attention
+            only), or ``none`` (what the recurrent layers know must do). Only learned positions
+            end: the others go on past `max_position_embeddings`.
+        rope_parameters: The base ``rope_theta`` of rotary positions, 10,000 by default, in the
+            form that transformers uses, with ``rope_type`` ``default``; None unless ``rope``.
+        sliding_window: Number of tokens, itself included, that a token sees in a
+            ``sliding_attention`` layer, at least 2; its cache holds no more.
         layer_norm_eps: Epsilon of every LayerNorm.
         initialization: How new weights are drawn: ``original`` (as the released code) or
             ``rwkv`` (RWKV-4's graded decays, bonuses and token shifts, and zero projections).
@@ -84,6 +95,9 @@ class I3Config(PreTrainedConfig):
     num_attention_heads: int = 8
     low_rank: int | None = None
     max_position_embeddings: int = 256
+    position_embedding_type: str = "learned"
+    rope_parameters: dict[str, Any] | None = None
+    sliding_window: int | None = None
     layer_norm_eps: float = 1e-5
     initialization: str = "rwkv"
     initializer_range: float = 0.02
@@ -105,8 +119,21 @@ class I3Config(PreTrainedConfig):
             self.num_hidden_layers = len(self.layer_types)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        rope_given = bool(self.rope_parameters)
         super().__post_init__(**kwargs)
+        if self.position_embedding_type != "rope":
+            if rope_given:
+                raise ValueError(
+                    f"rope_parameters are of no use with position_embedding_type "
+                    f"({self.position_embedding_type!r}): set that to rope, or leave them out"
+                )
+            self.rope_parameters = None  # transformers fills in its defaults for every model
         self._check()
+
+    @property
+    def position_limit(self) -> int | None:
+        """The most tokens that have a position, or None where positions do not end."""
+        return self.max_position_embeddings if self.position_embedding_type == "learned" else None
 
     def _check(self) -> None:
         for name in (
@@ -135,6 +162,7 @@ class I3Config(PreTrainedConfig):
         for name, value, allowed in (
             ("recurrence", self.recurrence, RECURRENCES),
             ("initialization", self.initialization, INITIALIZATIONS),
+            ("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES),
             *(("layer_types", layer_type, LAYER_TYPES) for layer_type in self.layer_types or ()),
         ):
             if value not in allowed:
@@ -143,3 +171,41 @@ class I3Config(PreTrainedConfig):
             raise ValueError(
                 "tie_word_embeddings needs a full-rank head: set low_rank to null or untie"
             )
+        self._check_sliding_window()
+        if self.position_embedding_type == "rope":
+            self._check_rope()
+
+    def _check_sliding_window(self) -> None:
+        slides = "sliding_attention" in (self.layer_types or ())
+        if slides and self.sliding_window is None:
+            raise ValueError("sliding_attention layers need sliding_window: say how many tokens")
+        if self.sliding_window is None:
+            return
+        if not slides:
+            raise ValueError(
+                f"sliding_window ({self.sliding_window}) is of no use: no layer of layer_types "
+                "is sliding_attention"
+            )
+        # A token that sees itself alone attends to nothing; transformers' cache of such a layer
+        # would keep everything.
+        if self.sliding_window < 2:
+            raise ValueError(f"sliding_window ({self.sliding_window}) must be at least 2")
+
+    def _check_rope(self) -> None:
+        if all(kind == "linear_attention" for kind in self.layer_types or ()):
+            raise ValueError(
+                "position_embedding_type 'rope' needs an attention layer, and layer_types has "
+                "none: take 'none'"
+            )
+        if self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError(
+                f"position_embedding_type 'rope' needs an even size per head: hidden_size "
+                f"({self.hidden_size}) / num_attention_heads ({self.num_attention_heads}) is "
+                f"{self.hidden_size // self.num_attention_heads}"
+            )
+        rope = self.rope_parameters or {}
+        if rope.keys() != {"rope_theta", "rope_type"} or rope["rope_type"] != "default":
+            raise ValueError(f"rope_parameters ({rope}) may set rope_theta only")
+        theta = rope["rope_theta"]
+        if not isinstance(theta, int | float) or theta <= 1:
+            raise ValueError(f"rope_theta ({theta!r}) must be a number above 1")

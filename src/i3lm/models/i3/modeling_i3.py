@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers import Cache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -22,8 +22,10 @@ from i3lm.layers import (
     HybridMixer,
     Linear,
     LowRankLinear,
+    RotaryEmbedding,
     TimeMix,
 )
+from i3lm.layers.attention import Rotation
 from i3lm.layers.time_mix import TimeMixState
 from i3lm.models.i3.cache_i3 import (
     FEED_FORWARD_SHIFT,
@@ -34,6 +36,7 @@ from i3lm.models.i3.cache_i3 import (
     write_state,
 )
 from i3lm.models.i3.configuration_i3 import I3Config
+from i3lm.models.i3.generation_i3 import I3GenerationMixin
 from i3lm.models.i3.initialization_i3 import initialize_original, initialize_rwkv
 from i3lm.ops import linear, linear_cross_entropy
 
@@ -49,7 +52,7 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.layer_type = config.layer_types[layer_idx]
         self.mixer_norm = nn.LayerNorm(C, eps=eps)
-        if self.layer_type == "full_attention":
+        if self.layer_type in ("full_attention", "sliding_attention"):
             self.mixer: nn.Module = CausalSelfAttention(
                 C, config.num_attention_heads, config.low_rank
             )
@@ -72,23 +75,20 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         causal_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Maps (B, T, C) to (B, T, C), reading and writing its states in the cache."""
         x = hidden_states
-        if self.layer_type == "full_attention":
-            x = x + self._attend(self.mixer, self.mixer_norm(x), causal_mask, past_key_values)
+        store = None
+        if past_key_values is not None:
+            store = partial(past_key_values.update, layer_idx=self.layer_idx)
+        if isinstance(self.mixer, CausalSelfAttention):
+            x = x + self.mixer(self.mixer_norm(x), causal_mask, store, rotation)
         else:
             x = x + self._recur(self.mixer_norm(x), padding_mask, past_key_values)
         if self.layer_type == "hybrid":
-            normed = self.attention_norm(x)
-            x = x + self._attend(self.attention, normed, causal_mask, past_key_values)
+            x = x + self.attention(self.attention_norm(x), causal_mask, store, rotation)
         return x + self._feed_forward(self.feed_forward_norm(x), padding_mask, past_key_values)
-
-    def _attend(
-        self, attention: nn.Module, x: Tensor, mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        store = None if cache is None else partial(cache.update, layer_idx=self.layer_idx)
-        return attention(x, mask, store)
 
     def _recur(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         state: Any = read_state(cache, self.layer_idx, RECURRENCE)
@@ -146,12 +146,19 @@ class I3PreTrainedModel(PreTrainedModel):
 
 
 class I3Model(I3PreTrainedModel):
-    """Token and position embeddings, the layers, and the last LayerNorm."""
+    """Token embeddings and positions, the layers, and the last LayerNorm."""
 
     def __init__(self, config: I3Config) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        elif config.position_embedding_type == "rope":
+            assert config.rope_parameters is not None  # the configuration itself sets them
+            self.rotary_embedding = RotaryEmbedding(
+                config.hidden_size // config.num_attention_heads,
+                config.rope_parameters["rope_theta"],
+            )
         self.layers = nn.ModuleList(
             I3DecoderLayer(config, index) for index in range(len(config.layer_types or ()))
         )
@@ -196,34 +203,56 @@ class I3Model(I3PreTrainedModel):
         assert inputs_embeds is not None
         T = inputs_embeds.shape[1]
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
+        positions = self.config.position_embedding_type
+        if position_ids is None and positions != "none":
             position_ids = self._positions(attention_mask, seen, T, inputs_embeds.device)
             self._check_length(seen + T, attention_mask)
 
         padding_mask = self._padding_mask(attention_mask, T)
-        causal_mask = None
-        if any(kind != "linear_attention" for kind in self.config.layer_types or ()):
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=None,
+        causal_masks = self._causal_masks(inputs_embeds, attention_mask, past_key_values)
+        hidden_states, rotation = inputs_embeds, None
+        if positions == "learned":
+            hidden_states = inputs_embeds + self.embed_positions(position_ids)
+        elif positions == "rope":
+            exact = inputs_embeds.dtype == torch.float64
+            rotation = self.rotary_embedding(
+                position_ids, torch.float64 if exact else torch.float32
             )
-
-        hidden_states = inputs_embeds + self.embed_positions(position_ids)
-        for layer in self.layers:
+        for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
             hidden_states = layer(
                 hidden_states,
-                causal_mask=causal_mask,
+                causal_mask=causal_masks.get(kind),
                 padding_mask=padding_mask,
                 past_key_values=past_key_values,
+                rotation=rotation,
             )
         if isinstance(past_key_values, I3Cache):
             past_key_values.count_tokens(T)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _causal_masks(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None
+    ) -> dict[str, Tensor | None]:
+        """What each token may see, (B, 1, T, S), by type of layer; None is the causal rule."""
+        if attention_mask is None and inputs_embeds.shape[1] == 1:
+            return {}  # one token sees all that the cache holds
+        kinds = set(self.config.layer_types or ()) - {"linear_attention"}
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            "position_ids": None,
+        }
+        masks: dict[str, Tensor | None] = {}
+        if "sliding_attention" in kinds:
+            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+        if kinds - {"sliding_attention"}:
+            full = create_causal_mask(**arguments)
+            masks |= {"full_attention": full, "hybrid": full}
+        return masks
 
     def _padding_mask(self, attention_mask: Tensor | None, T: int) -> Tensor | None:
         """True at real tokens, bool, (B, T); None where nothing is padded."""
@@ -252,7 +281,9 @@ class I3Model(I3PreTrainedModel):
             )
 
     def _check_length(self, length: int, attention_mask: Tensor | None) -> None:
-        limit = self.config.max_position_embeddings
+        limit = self.config.position_limit
+        if limit is None:
+            return
         if length > limit and attention_mask is not None and attention_mask.dim() == 2:
             length = int(attention_mask.sum(dim=1).max())  # padding takes no position
         if length > limit:
@@ -262,7 +293,7 @@ class I3Model(I3PreTrainedModel):
             )
 
 
-class I3ForCausalLM(I3PreTrainedModel, GenerationMixin):
+class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
     """An i3 model with a head that predicts the next token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -354,46 +385,8 @@ class I3ForCausalLM(I3PreTrainedModel, GenerationMixin):
             weight = head.weight
         return linear_cross_entropy(hidden, weight, head.bias, shift_labels.flatten())
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Gives the inputs of the next step of `generate`.
-
-        Positions are learned, so past the context length a step recomputes the last
-        `max_position_embeddings` tokens from position 0, as the original does, without cache.
-        """
-        limit = self.config.max_position_embeddings
-        if inputs_embeds is None and input_ids.shape[1] > limit:
-            return {
-                "input_ids": input_ids[:, -limit:],
-                "attention_mask": None if attention_mask is None else attention_mask[:, -limit:],
-                "use_cache": False,
-                "logits_to_keep": kwargs.get("logits_to_keep", 1),
-            }
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Hands `generate` our cache where it would make a plain dynamic one."""
-        wants_cache = generation_config.use_cache and generation_config.cache_implementation in (
-            None,
-            "dynamic",
-        )
-        if wants_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = I3Cache(self.config)
-            generation_config.cache_implementation = None
-        return super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, *args, **kwargs
-        )
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Writes weights, configuration and generation settings into a folder."""
+        # Settings marked as made from a configuration lose context_overflow when read back.
+        self.generation_config._from_model_config = None
+        super().save_pretrained(*args, **kwargs)
