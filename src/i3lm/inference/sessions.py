@@ -116,7 +116,7 @@ class Session:
             GenerationError: The text cannot be a prompt; the session is as it was.
         """
         ids = [*self.tokens, *self.encode_turn(text)]
-        mark = {} if self._cache is None else _recurrent(_states_of(self._cache))
+        mark = {} if self._cache is None else _recurrent(cache_states(self._cache))
         mark = {name: state.clone() for name, state in mark.items()}  # generation writes over them
         # Until the turn has ended well, the state is that of no known number of tokens.
         cache, self._cache = self._cache, None
@@ -161,7 +161,7 @@ class Session:
         start, mark = self.turns[kept].start, self._marks[kept]
         cache, self._cache = self._cache, None
         if cache is not None and start > 0:
-            grown = _states_of(cache)
+            grown = cache_states(cache)
             recurrent = _recurrent(grown)
             cut = {n: s[..., : start - 1, :] for n, s in grown.items() if n not in recurrent}
             if mark.keys() == recurrent.keys():  # else the context was outgrown before that turn
@@ -173,7 +173,7 @@ class Session:
         twin = Session(self.generator, self.fingerprint)
         twin.tokens, twin.turns, twin._marks = [*self.tokens], [*self.turns], [*self._marks]
         if self._cache is not None:
-            states = _states_of(self._cache)
+            states = cache_states(self._cache)
             twin._cache = _cache_of(self.generator.model, states, len(self.tokens) - 1)
         return twin
 
@@ -185,7 +185,7 @@ class Session:
         """
         tensors = {"tokens": torch.tensor(self.tokens, dtype=torch.int64)}
         if self._cache is not None:
-            tensors |= {f"now.{name}": state for name, state in _states_of(self._cache).items()}
+            tensors |= {f"now.{name}": state for name, state in cache_states(self._cache).items()}
         for number, mark in enumerate(self._marks):
             tensors |= {f"turn.{number}.{name}": state for name, state in mark.items()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -236,7 +236,7 @@ class Session:
 
     def _restore(self, path: str | Path, turns: list[dict[str, Any]], tensors: States) -> None:
         """Takes over what a file says, if it fits the model."""
-        expected = _states_of(_one_token(self.generator.model))
+        expected = cache_states(_one_token(self.generator.model))
         tokens = tensors["tokens"].tolist()
         groups: dict[str, States] = {"now": {}, **{f"turn.{i}": {} for i in range(len(turns))}}
         for name, tensor in tensors.items():
@@ -302,7 +302,7 @@ class Session:
         return "\n" if tokenizer.decode(ids, skip_special_tokens=True) == "\n" else " "
 
 
-def _states_of(cache: Cache) -> States:
+def cache_states(cache: Cache) -> States:
     """The tensors that a cache holds, by name; they are the cache's own."""
     states: States = {}
     for index, layer in enumerate(cache.layers):
@@ -365,7 +365,12 @@ def _split_name(name: str) -> tuple[str, str, str]:
 
 def _digest_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor: Any = tensors[name].detach()
+        if hasattr(tensor, "__tensor_flatten__"):  # of several tensors, such as int8 with scales
+            parts = {part: getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
+            _digest_tensors(digest, {f"{name}.{part}": parts[part] for part in parts})
+            continue
+        tensor = tensor.cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
 
