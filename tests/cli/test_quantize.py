@@ -69,7 +69,7 @@ def test_what_is_printed(
     )
     assert re.fullmatch(
         rf"bits per byte on \d documents of {text}: \d\.\d{{4}} before, \d\.\d{{4}} after "
-        r"\([+-]\d\.\d{4}\)",
+        r"\([+-]\d\.\d{5}\)",
         lines[1],
     )
     assert lines[2:] == [f"wrote {out}"]

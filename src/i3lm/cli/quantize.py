@@ -118,6 +118,6 @@ def _print(figures: dict[str, Any]) -> None:
         f"are int8 now; weights {figures['bytes_before'] / 1e6:,.1f} MB before, "
         f"{figures['bytes_after'] / 1e6:,.1f} MB after\n"
         f"bits per byte on {figures['documents']:,} documents of {figures['data']}: {before:.4f} "
-        f"before, {after:.4f} after ({after - before:+.4f})\n"
+        f"before, {after:.4f} after ({after - before:+.5f})\n"
         f"wrote {figures['output']}"
     )
