@@ -150,6 +150,16 @@ def test_loading_gives_back_everything(kind: str, tmp_path: Path):
     assert_bitwise_equal(next_turn(session), next_turn(loaded))
 
 
+@pytest.mark.parametrize("kind", ["rwkv4", "state_space"])
+def test_loading_in_bfloat16(kind: str, tmp_path: Path):
+    generator = make_generator(kind)
+    generator.precision = "bf16"
+    session = talk(generator, "the fox", "the dog")
+    session.save(tmp_path / "s")
+    loaded = Session.load(tmp_path / "s", generator)
+    assert_bitwise_equal(next_turn(session), next_turn(loaded))
+
+
 def test_a_session_without_turns_is_saved_too(tmp_path: Path):
     session = Session(make_generator())
     session.save(tmp_path / "s")

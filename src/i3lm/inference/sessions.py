@@ -159,23 +159,27 @@ class Session:
             )
         kept = len(self.turns) - turns
         start, mark = self.turns[kept].start, self._marks[kept]
-        cache, self._cache = self._cache, None
-        if cache is not None and start > 0:
-            grown = cache_states(cache)
-            recurrent = _recurrent(grown)
+        grown, self._cache = self._state(), None
+        recurrent = _recurrent(grown)
+        # The mark is empty where the state did not cover the conversation at the turn's start.
+        if grown and start > 0 and mark.keys() == recurrent.keys():
             cut = {n: s[..., : start - 1, :] for n, s in grown.items() if n not in recurrent}
-            if mark.keys() == recurrent.keys():  # else the context was outgrown before that turn
-                self._cache = _cache_of(self.generator.model, {**mark, **cut}, start - 1)
+            self._cache = _cache_of(self.generator.model, {**mark, **cut}, start - 1)
         del self.turns[kept:], self._marks[kept:], self.tokens[start:]
 
     def fork(self) -> Session:
         """Gives a session that has said the same and goes its own way from here."""
         twin = Session(self.generator, self.fingerprint)
         twin.tokens, twin.turns, twin._marks = [*self.tokens], [*self.turns], [*self._marks]
-        if self._cache is not None:
-            states = cache_states(self._cache)
+        if states := self._state():
             twin._cache = _cache_of(self.generator.model, states, len(self.tokens) - 1)
         return twin
+
+    def _state(self) -> States:
+        """The state's tensors; none where it does not cover the conversation token for token."""
+        states = {} if self._cache is None else cache_states(self._cache)
+        kept = {state.shape[-2] for name, state in states.items() if ".states." not in name}
+        return states if kept <= {len(self.tokens) - 1} else {}
 
     def save(self, path: str | Path) -> None:
         """Makes a file hold the session, or leaves it as it was.
@@ -184,8 +188,7 @@ class Session:
             OutputError: The file cannot be written, or the disk is full.
         """
         tensors = {"tokens": torch.tensor(self.tokens, dtype=torch.int64)}
-        if self._cache is not None:
-            tensors |= {f"now.{name}": state for name, state in cache_states(self._cache).items()}
+        tensors |= {f"now.{name}": state for name, state in self._state().items()}
         for number, mark in enumerate(self._marks):
             tensors |= {f"turn.{number}.{name}": state for name, state in mark.items()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
