@@ -17,6 +17,7 @@ _PUBLIC = {
     "I3ForCausalLM": "i3lm.models.i3",
     "I3Model": "i3lm.models.i3",
     "SamplingOptions": "i3lm.inference",
+    "Session": "i3lm.inference.sessions",
     "TextGenerator": "i3lm.inference",
     "count_parameters": "i3lm.planning",
     "evaluate_text": "i3lm.evaluation",
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
     from i3lm.evaluation import evaluate_text
     from i3lm.inference import SamplingOptions, TextGenerator
     from i3lm.inference.loading import load_checkpoint
+    from i3lm.inference.sessions import Session
     from i3lm.models.i3 import I3Config, I3ForCausalLM, I3Model
-    from i3lm.ops import state_space, wkv
+    from i3lm.ops.state_space import state_space
+    from i3lm.ops.wkv import wkv
     from i3lm.planning import count_parameters
     from i3lm.presets import list_presets, load_preset
     from i3lm.tokenizers import load_tokenizer, train_tokenizer

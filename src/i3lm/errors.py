@@ -38,3 +38,7 @@ class KernelError(I3Error):
 
 class GenerationError(I3Error, ValueError):
     """A prompt or sampling setting that generation cannot follow."""
+
+
+class SessionError(I3Error):
+    """A saved conversation that is missing, damaged, or of another model."""

@@ -50,7 +50,10 @@ def write_file(path: Path, content: str | bytes) -> None:
     try:
         if isinstance(content, str):
             content = content.encode("utf-8")
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash could leave the new name with old blocks
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):

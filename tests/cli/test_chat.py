@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from i3lm.cli import main
 from tests.conftest import Process
@@ -50,3 +54,106 @@ def test_each_turn_has_draws_of_its_own(
     assert first != second
     assert replies("0") == [first, second]
     assert replies("1")[0] == second
+
+
+# Sessions
+
+
+def say(
+    run: Path, file: Path, lines: str, monkeypatch: pytest.MonkeyPatch, *options: str
+) -> list[str]:
+    """Holds a piece of a conversation; gives the lines of the saved text after it."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    arguments = ["--session", str(file), "--max_new_tokens", "3", *options]
+    assert main(["chat", str(run), *arguments]) == 0
+    with safe_open(file, "pt") as saved:
+        return [turn["prompt"] for turn in json.loads(saved.metadata()["turns"])]
+
+
+def test_a_session_goes_on_where_it_was_left(
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert say(tiny_run, once, "Once\nMina\n", monkeypatch) == ["Once", "Mina"]
+    out = capsys.readouterr().out
+    assert out.startswith(
+        f"{once}: 0 turns so far, 0 tokens said of a context of 32. Type /rewind, /fork FILE, or "
+        "/exit to stop.\n\nUser: \ni3: Once"
+    )
+    assert len(re.findall(r"\[3 tokens in .* tokens/s, \d+ tokens said of a cont", out)) == 2
+    assert say(tiny_run, twice, "Once\n/exit\nnot read", monkeypatch) == ["Once"]
+    assert say(tiny_run, twice, "Mina\n", monkeypatch, "--seed", "1") == ["Once", "Mina"]
+    assert f"{twice}: 1 turn so far, 7 tokens said of" in capsys.readouterr().out
+    assert tokens_of(twice) == tokens_of(once)
+
+
+def tokens_of(file: Path) -> list[int]:
+    with safe_open(file, "pt") as saved:
+        return saved.get_tensor("tokens").tolist()
+
+
+def test_commands_in_a_session(
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    file, copy = tmp_path / "talk", tmp_path / "copy"
+    lines = f"Once\nMina\n/fork {copy}\n/rewind\nBen\n"
+    assert say(tiny_run, file, lines, monkeypatch) == ["Once", "Ben"]
+    captured = capsys.readouterr()
+    assert f"[saved a copy: go on there with --session {copy}]" in captured.out
+    assert "[1 turn left, 7 tokens said of a context of 32]" in captured.out
+    assert captured.err == ""
+    assert say(tiny_run, copy, "", monkeypatch) == ["Once", "Mina"]
+    before = copy.read_bytes()
+    wrong = f"/rewind 3\n/rewind x\n/fork {copy}\n/fork\n/fork {tmp_path}/no/s\n/help\n"
+    assert say(tiny_run, file, wrong, monkeypatch) == ["Once", "Ben"]
+    assert capsys.readouterr().err.splitlines() == [
+        "cannot go back 3 turns: the session has 2; give a number from 1 to that",
+        "/rewind x: give the number of turns to take back",
+        f"/fork {copy}: this file exists; give another",
+        "/fork needs the path of the file to write: /fork FILE",
+        f"{tmp_path}/no/s: cannot be written: No such file or directory; choose another file",
+        "unknown command /help: there are /rewind, /fork and /exit",
+    ]
+    assert copy.read_bytes() == before
+
+
+def test_sessions_that_cannot_be_taken_are_left_alone(
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    file = tmp_path / "s"
+    say(tiny_run, file, "Once\n", monkeypatch)
+    whole = file.read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(tiny_run / "best", other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.bias"] += 1e-3
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    for checkpoint, content, message in (
+        (other, whole, f"{file}: the session was held with another model (its fingerprint"),
+        (tiny_run, whole[:-5], f"{file}: not readable as a session ("),
+        (tiny_run, b"some notes", f"{file}: not readable as a session ("),
+        (tiny_run, whole[:-1] + bytes([whole[-1] ^ 1]), f"{file}: the session is damaged (its"),
+    ):
+        file.write_bytes(content)
+        assert main(["chat", str(checkpoint), "--session", str(file)]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"i3lm chat: error: {message}")
+        assert captured.err.count("\n") == 1
+        assert captured.out == ""
+        assert file.read_bytes() == content
+    missing = tmp_path / "no" / "s"
+    assert main(["chat", str(tiny_run), "--session", str(missing)]) == 2
+    assert capsys.readouterr().err == (
+        f"i3lm chat: error: {missing}: cannot be written: No such file or directory; choose "
+        "another file\n"
+    )

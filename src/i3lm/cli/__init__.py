@@ -19,6 +19,8 @@ COMMANDS = {
     "chat": "talk to a model",
     "evaluate": "loss, perplexity and bits per byte on a text",
     "convert": "turn a checkpoint of open-i3 into one of ours",
+    "quantize": "make a checkpoint with int8 weights, for fast decoding on a CPU",
+    "verify": "hold a checkpoint's ways of computing the same thing against each other",
     "models": "list the members of the family",
     "doctor": "what this machine has, which kernels run, and whether they are right",
     "quickstart": "train a small model in minutes and see what it learned",

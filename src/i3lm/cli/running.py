@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -18,13 +19,14 @@ def run_command(name: str, function: Callable[..., Any], arguments: list[str]) -
     """Reads the arguments for a function, calls it, and turns problems into one line.
 
     Returns:
-        0, or 2 for a problem that the user can mend, 130 after an interrupt.
+        What the function gives, 0 for None; 2 for a problem that the user can mend, 130 after an
+        interrupt.
     """
     debug = "--debug" in arguments
     try:
         settings = _parse(name, function, arguments)
         _quiet_libraries()
-        function(**settings)
+        status = function(**settings)
         sys.stdout.flush()  # here, so that output that cannot be written is noticed here
     except I3Error as error:
         return _fail(name, str(error), debug)
@@ -37,7 +39,7 @@ def run_command(name: str, function: Callable[..., Any], arguments: list[str]) -
     except KeyboardInterrupt:
         print(f"i3lm {name}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def print_json(content: Any) -> None:
@@ -225,3 +227,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Where torchao is installed, transformers imports it, and it tells of GPU kernels it lacks.
+    for chatty in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)

@@ -21,6 +21,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from i3lm.errors import GenerationError
@@ -180,11 +181,34 @@ class TextGenerator:
         if options.max_new_tokens is None:
             raise GenerationError("max_new_tokens (None) has no end: give a number, or use stream")
         ids = self._encode_and_check(prompt, options)
-        device = self.model.device
-        inputs = torch.tensor([ids], device=device)
+        started = time.perf_counter()
+        output = self.generate_ids(ids, options, streamer=streamer)
+        seconds = time.perf_counter() - started
+        new = output.sequences[0, len(ids) :].tolist()
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        return Completion(prompt, text, len(ids), len(new), seconds)
+
+    @torch.inference_mode()
+    def generate_ids(
+        self,
+        ids: list[int],
+        options: SamplingOptions,
+        cache: Cache | None = None,
+        streamer: BaseStreamer | None = None,
+    ) -> GenerateDecoderOnlyOutput:
+        """Continues ids by `generate`, and gives its sequences (1, T) and its cache.
+
+        Args:
+            ids: The ids to continue, those that the cache covers included.
+            options: How to draw.
+            cache: The model's state after some of the ids, or None.
+            streamer: Receives the tokens as they come.
+        """
+        inputs = torch.tensor([ids], device=self.model.device)
+        settings = options.generation_config(self.tokenizer)
+        settings.return_dict_in_generate = True
         was_training = self.model.training
         self.model.eval()
-        started = time.perf_counter()
         try:
             # The draws must not disturb a training run's own random state.
             with torch.random.fork_rng(), self._autocast():
@@ -192,15 +216,14 @@ class TextGenerator:
                 output = self.model.generate(
                     inputs,
                     attention_mask=torch.ones_like(inputs),
-                    generation_config=options.generation_config(self.tokenizer),
+                    past_key_values=cache,
+                    generation_config=settings,
                     streamer=streamer,
                 )
         finally:
             self.model.train(was_training)
-        seconds = time.perf_counter() - started
-        new = output[0, len(ids) :].tolist()
-        text = self.tokenizer.decode(new, skip_special_tokens=True)
-        return Completion(prompt, text, len(ids), len(new), seconds)
+        assert isinstance(output, GenerateDecoderOnlyOutput)
+        return output
 
     @torch.inference_mode()
     def stream(self, prompt: str, options: SamplingOptions) -> Iterator[str]:

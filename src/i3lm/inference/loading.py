@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from i3lm.errors import CheckpointError, ConfigurationError, GenerationError, TokenizerError
+from i3lm.inference.quantization import check_can_load, is_quantized
 from i3lm.models.i3 import I3ForCausalLM  # importing it registers the architecture
 from i3lm.tokenizers import load_tokenizer, tokenizer_fingerprint
 
@@ -45,6 +46,10 @@ def load_checkpoint(
     """
     folder = find_checkpoint(path)
     model = load_model(folder).to(device).eval()
+    if is_quantized(model.config):
+        from i3lm.inference.int8_linear import use_int8_products
+
+        use_int8_products(model)
     tokenizer = load_tokenizer(folder)
     check_tokenizer_fits(model, tokenizer, where=str(folder))
     return model, tokenizer
@@ -64,6 +69,7 @@ def load_model(folder: Path) -> PreTrainedModel:
         raise CheckpointError(
             f"{folder / 'config.json'}: not a readable model configuration: {_first_line(error)}"
         ) from error
+    check_can_load(config, folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, local_files_only=True, output_loading_info=True

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Implementation:
     """
 
     name: str
-    forward: Callable[..., tuple[Tensor, ...]]
+    forward: Callable[..., Any]
     backward: Callable[..., tuple[Tensor, ...]] | None = None
     refuses: Callable[[torch.device, torch.dtype], str | None] = _accept_anything
 

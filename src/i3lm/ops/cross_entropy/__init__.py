@@ -124,7 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 )
                 total += losses.masked_fill(~counts, 0).sum() * scale
                 # From here on, `logits` holds its own gradient.
-                if wants_hidden:
+                if grad_hidden is not None:
                     grad_hidden[piece] = linear(logits, narrow.T)
                 if wants_weight:
                     part = linear(logits.T, x.T)

@@ -110,9 +110,9 @@ def softmax_loss_numba(
     match_threads()
     bits = logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits
     offset = logits.new_empty(0, dtype=precise) if bias is None else bias
-    columns = V if wants_grad and grad_bias is not None else 0
+    columns = 0 if grad_bias is None else V
     bias_sums = logits.new_zeros(min(R, torch.get_num_threads()), columns, dtype=precise)
     _rows(*as_arrays(bits, offset, labels, scale, losses, bias_sums), wants_grad)
-    if columns:
+    if grad_bias is not None:
         grad_bias += bias_sums.sum(dim=0)
     return (losses,)
