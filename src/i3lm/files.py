@@ -86,6 +86,7 @@ _REASONS = {
     30: "the file system is read-only; write elsewhere",
     13: "permission denied; choose a folder that you may write to",
     20: "a part of the path is a file, not a folder; choose another path",
+    2: "its folder does not exist; make it, or choose another path",
     17: "a file of that name is in the way; choose another path",
 }
 

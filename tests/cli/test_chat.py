@@ -117,7 +117,8 @@ def test_commands_in_a_session(
         "/rewind x: give the number of turns to take back",
         f"/fork {copy}: this file exists; give another",
         "/fork needs the path of the file to write: /fork FILE",
-        f"{tmp_path}/no/s: cannot be written: No such file or directory; choose another file",
+        f"{tmp_path}/no/s: cannot be written: its folder does not exist; make it, or choose "
+        "another path",
         "unknown command /help: there are /rewind, /fork and /exit",
     ]
     assert copy.read_bytes() == before
@@ -154,6 +155,6 @@ def test_sessions_that_cannot_be_taken_are_left_alone(
     missing = tmp_path / "no" / "s"
     assert main(["chat", str(tiny_run), "--session", str(missing)]) == 2
     assert capsys.readouterr().err == (
-        f"i3lm chat: error: {missing}: cannot be written: No such file or directory; choose "
-        "another file\n"
+        f"i3lm chat: error: {missing}: cannot be written: its folder does not exist; make "
+        "it, or choose another path\n"
     )

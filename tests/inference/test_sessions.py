@@ -52,8 +52,14 @@ def next_turn(session: Session, line: str = "and then") -> list[torch.Tensor]:
     return result
 
 
-def assert_bitwise_equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
+def assert_bitwise_equal(
+    first: list[torch.Tensor], second: list[torch.Tensor], kind: str = ""
+) -> None:
     assert len(first) == len(second) == 2 * OPTIONS.max_new_tokens
+    if "sliding" in kind:  # its state is computed again, all at once and not token by token
+        for a, b in zip(first, second, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        return
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -200,7 +206,9 @@ def test_a_fork_and_its_origin_do_not_touch_each_other(kind: str):
     assert_bitwise_equal(next_turn(session), next_turn(untouched))
     assert fork.turns[:1] == session.turns[:1]
     assert fork.turns[1].prompt == "quick"
-    assert_bitwise_equal(next_turn(fork), next_turn(talk(session.generator, "the fox", "quick")))
+    assert_bitwise_equal(
+        next_turn(fork), next_turn(talk(session.generator, "the fox", "quick")), kind
+    )
 
 
 @every_kind
@@ -211,7 +219,7 @@ def test_a_rewound_turn_was_never_said(kind: str, turns: int):
     session, expected = talk(generator, *lines), talk(generator, *lines[: 3 - turns])
     session.rewind(turns)
     assert (session.tokens, session.turns) == (expected.tokens, expected.turns)
-    assert_bitwise_equal(next_turn(session), next_turn(expected))
+    assert_bitwise_equal(next_turn(session), next_turn(expected), kind)
 
 
 @settings(max_examples=15, deadline=None)
@@ -411,7 +419,7 @@ def test_a_file_that_cannot_be_written_keeps_its_content(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OutputError, match=r"s: cannot be written: No space left on device"):
+    with pytest.raises(OutputError, match=r"s: cannot be written: no space is left"):
         session.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["s"]

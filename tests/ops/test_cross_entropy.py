@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from i3lm.ops import linear_cross_entropy
 from i3lm.ops.cross_entropy import SOFTMAX_LOSS
@@ -106,6 +107,24 @@ def test_only_wanted_gradients_are_computed():
     (got,) = torch.autograd.grad(loss, hidden)
     (expected,) = torch.autograd.grad(plain_loss(tensors, labels), hidden)
     torch.testing.assert_close(got, expected)
+
+
+def test_without_gradients_none_are_computed():
+    tensors, labels = draw(6, 3, 11, has_bias=True)
+    leaves = [x.requires_grad_() for x in tensors]
+    made = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.append(tuple(result.shape) if isinstance(result, Tensor) else None)
+            return result
+
+    with torch.no_grad(), Record():
+        loss = loss_of(leaves, labels)
+    torch.testing.assert_close(loss, plain_loss(leaves, labels))
+    assert (6, 11) in made  # the logits
+    assert (11, 3) not in made  # no gradient of the weight
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from i3lm.ops import linear
 from i3lm.ops.dispatch import use_implementation
-from i3lm.ops.linear import LINEAR
+from i3lm.ops.linear import FEW_ROWS, LINEAR
 from tests.ops.drawing import make_generator
 
 NAMES = [
@@ -68,3 +68,31 @@ def test_is_exact_where_float32_is_promised():
     # A product in bfloat16 or TF32 would lose these digits.
     x = torch.tensor([[1.0, 2.0**-20]])
     assert linear(x, torch.ones(1, 2)).item() == 1 + 2.0**-20
+
+
+@pytest.mark.parametrize("name", ["numba", "torch"])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("dtypes", ["float32 float32", "bfloat16 bfloat16", "float32 bfloat16"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_few_rows_without_gradients(name: str, rows: int, dtypes: str, has_bias: bool):
+    of_x, of_weight = (getattr(torch, dtype) for dtype in dtypes.split())
+    generator = make_generator(rows, has_bias)
+    x = torch.randn(1, rows, 70, generator=generator).to(of_x)
+    weight = torch.randn(33, 70, generator=generator).to(of_weight)
+    bias = torch.randn(33, generator=generator) if has_bias else None
+    bias = bias if bias is None or of_x == torch.float32 else bias.to(of_x)
+    with torch.no_grad(), use_implementation(linear_of_few_rows=name):
+        got = linear(x, weight, bias)
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert got.dtype == of_x
+    # Against sums of size 8 in float32, or rounded to bfloat16 where inputs or outputs are.
+    exact = of_x == of_weight or (name == "numba" and rows <= FEW_ROWS)
+    tolerance = 1e-5 if of_x == torch.float32 and exact else 2**-7
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * 8)
+
+
+def test_a_few_rows_of_float64_keep_their_digits():
+    generator = make_generator(5)
+    x, weight = (torch.randn(2, 9, generator=generator, dtype=torch.float64) for _ in "xw")
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight), F.linear(x, weight))

@@ -24,12 +24,10 @@ def test_a_picture(metrics: Path, tmp_path: Path):
 
 
 def test_a_full_disk(metrics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fill(self: Path, content: bytes):
-        with self.open("wb") as file:
-            file.write(content[:100])
+    def fill(descriptor: int):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fill)
+    monkeypatch.setattr("i3lm.files.os.fsync", fill)
     with pytest.raises(OutputError, match=r"loss.png: cannot be written: no space is left on the"):
         plot_loss(metrics, tmp_path / "loss.png")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

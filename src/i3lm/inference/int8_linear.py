@@ -9,36 +9,17 @@ torchao, 0.89 ms with PyTorch's kernel and 0.66 ms here (two threads of an AMD E
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import numba
-import numpy as np
 import torch
-from numba import njit, prange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from i3lm.layers import Linear
-from i3lm.ops.numba_bridge import match_threads
+from i3lm.ops.linear.numba import few_rows
 
 # From here on a matrix product on weights turned into floating point is faster.
 _MANY_ROWS = 16
-_compiled: Any = partial(njit, parallel=True, fastmath=True, cache=True, error_model="numpy")
-
-
-@_compiled()
-def _products(inputs, weight, scale, bias, output, tasks):
-    rows, width = inputs.shape
-    channels = weight.shape[0]
-    share = (channels + tasks - 1) // tasks
-    for task in prange(tasks):
-        for channel in range(task * share, min((task + 1) * share, channels)):
-            for row in range(rows):
-                total = np.float32(0)
-                for i in range(width):
-                    total += np.float32(weight[channel, i]) * inputs[row, i]
-                output[row, channel] = total * scale[channel] + bias[channel]
 
 
 class Int8Linear(nn.Linear):
@@ -49,14 +30,12 @@ class Int8Linear(nn.Linear):
     torchao does.
     """
 
-    _arrays: tuple[np.ndarray, np.ndarray, np.ndarray]
+    _parts: tuple[Tensor, Tensor]
 
     def read_weights(self) -> None:
-        """Looks up the memory of weight, scale and bias once, not at every product."""
+        """Looks up weight and scale once, not at every product."""
         weight: Any = self.weight
-        bias = torch.zeros(self.out_features) if self.bias is None else self.bias.detach().float()
-        scale = weight.scale.detach().float().reshape(-1)
-        self._arrays = weight.qdata.contiguous().numpy(), scale.numpy(), bias.numpy()
+        self._parts = weight.qdata.contiguous(), weight.scale.detach().float().reshape(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features), in the dtype of the input."""
@@ -66,12 +45,10 @@ class Int8Linear(nn.Linear):
             return super().forward(x)
         if not 1 <= rows < _MANY_ROWS:
             # Under autocast the product runs in bfloat16, like that of any other linear map.
-            weight: Any = self.weight
-            return F.linear(x, weight.dequantize(x.dtype), self.bias)
-        output = torch.empty(rows, self.out_features)
-        inputs = x.detach().reshape(rows, -1).float().contiguous().numpy()
-        match_threads()
-        _products(inputs, *self._arrays, output.numpy(), numba.get_num_threads())
+            whole: Any = self.weight
+            return F.linear(x, whole.dequantize(x.dtype), self.bias)
+        weight, scale = self._parts
+        output = few_rows(x.detach().reshape(rows, -1).float(), weight, self.bias, scale)
         return output.view(*x.shape[:-1], -1).to(x.dtype)
 
 

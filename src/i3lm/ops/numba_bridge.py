@@ -86,3 +86,28 @@ def _exp_by_dtype(x):
     if x == types.float32:
         return lambda x: _exp_float32(x)
     return lambda x: math.exp(x)
+
+
+_SIXTEEN = np.uint32(16)
+
+
+def widen(x: Any) -> Any:
+    """A number of an array inside a kernel; uint16 stands for the bits of a bfloat16.
+
+    NumPy does not know bfloat16: it is the upper half of a float32.
+    """
+    raise NotImplementedError("for use inside numba kernels")
+
+
+@overload(widen, inline="always", jit_options={"fastmath": FAST})
+def _widen_by_dtype(x):
+    if x == types.uint16:
+        return lambda x: np.uint32(np.uint32(x) << _SIXTEEN).view(np.float32)
+    if x == types.int8:
+        return lambda x: np.float32(x)
+    return lambda x: x
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The tensor as numba can take it: bfloat16 as its bits, all others as they are."""
+    return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor

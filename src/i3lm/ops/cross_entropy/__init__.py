@@ -95,14 +95,18 @@ def linear_cross_entropy(
     most = max(1, piece_bytes // (dtype.itemsize * weight.shape[0]))
     pieces = max(1, -(-hidden.shape[0] // most))
     rows = max(1, -(-hidden.shape[0] // pieces))  # equal pieces: no small one at the end
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, ignore_index, rows, dtype)
+    # Inside the function PyTorch hides whether gradients are on.
+    settings = (ignore_index, rows, dtype, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, *settings)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ignore_index, rows, dtype):
+    def forward(ctx, hidden, weight, bias, labels, ignore_index, rows, dtype, grad_enabled):
         precise = accumulation_dtype(hidden.dtype)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_hidden, wants_weight, wants_bias = (
+            needed and grad_enabled for needed in ctx.needs_input_grad[:3]
+        )
         wants = wants_hidden or wants_weight or wants_bias
         scale = 1 / (labels != ignore_index).sum().clamp_min(1).to(precise)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -147,4 +151,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad if grad is None or as_it_is else grad * grad_loss for grad in ctx.saved_tensors
         ]
         grads = [g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)

@@ -1,8 +1,7 @@
 """Softmax, loss and gradient of a piece of logits on the CPU, in one visit of every row.
 
 A row is read once, turned into exponentials in a buffer that stays in the cache, and written once
-as its gradient. bfloat16, which NumPy does not know, comes as its bits: a bfloat16 is the upper
-half of a float32.
+as its gradient. bfloat16 comes as its bits.
 """
 
 from __future__ import annotations
@@ -17,27 +16,24 @@ from numba.extending import overload
 from torch import Tensor
 
 from i3lm.ops.dispatch import accumulation_dtype
-from i3lm.ops.numba_bridge import FAST, as_arrays, compiled, exp, inlined, match_threads
+from i3lm.ops.numba_bridge import (
+    FAST,
+    as_arrays,
+    bits_of,
+    compiled,
+    exp,
+    inlined,
+    match_threads,
+    widen,
+)
 
 _HALF, _ONE, _SIXTEEN = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
 _LANES = 64  # running maxima kept side by side, so that their loop vectorises
 
 
-def _read(x: Any) -> Any:
-    """A logit as a number; uint16 stands for the bits of a bfloat16."""
-    raise NotImplementedError("for use inside numba kernels")
-
-
 def _written(x: Any, like: Any) -> Any:
     """A number as a logit of the kind of `like`; bfloat16 rounds to nearest, ties to even."""
     raise NotImplementedError("for use inside numba kernels")
-
-
-@overload(_read, inline="always", jit_options={"fastmath": FAST})
-def _read_by_dtype(x):
-    if x == types.uint16:
-        return lambda x: np.uint32(np.uint32(x) << _SIXTEEN).view(np.float32)
-    return lambda x: x
 
 
 @inlined()
@@ -62,7 +58,7 @@ def _rows(logits, bias, labels, scale, losses, bias_sums, wants_grad):
         row, tops = np.empty(V, scale.dtype), np.empty(_LANES, scale.dtype)
         for r in range(task * R // tasks, (task + 1) * R // tasks):
             for i in range(V):
-                row[i] = _read(logits[r, i])
+                row[i] = widen(logits[r, i])
             if bias.size:
                 for i in range(V):
                     row[i] += bias[i]
@@ -108,11 +104,10 @@ def softmax_loss_numba(
     if logits.numel() == 0:
         return (losses,)
     match_threads()
-    bits = logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits
     offset = logits.new_empty(0, dtype=precise) if bias is None else bias
     columns = 0 if grad_bias is None else V
     bias_sums = logits.new_zeros(min(R, torch.get_num_threads()), columns, dtype=precise)
-    _rows(*as_arrays(bits, offset, labels, scale, losses, bias_sums), wants_grad)
+    _rows(*as_arrays(bits_of(logits), offset, labels, scale, losses, bias_sums), wants_grad)
     if grad_bias is not None:
         grad_bias += bias_sums.sum(dim=0)
     return (losses,)

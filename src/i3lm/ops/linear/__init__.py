@@ -7,7 +7,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from i3lm.ops.dispatch import Implementation, Op
+from i3lm.ops.dispatch import Implementation, Op, numba_refuses
+
+# Up to so many rows, a product is bound by reading the matrix.
+FEW_ROWS = 4
 
 
 def _onednn_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -47,6 +50,31 @@ class _OneDNN(torch.autograd.Function):
         )
 
 
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from i3lm.ops.linear.numba import few_rows
+
+    output = few_rows(x.reshape(-1, x.shape[-1]).float(), weight, bias)
+    return output.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    low = None if bias is None else bias.to(weight.dtype)
+    return F.linear(x.to(weight.dtype), weight, low).to(x.dtype)
+
+
+def _few_rows_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    # bfloat16 comes as its bits, and is computed in float32.
+    return numba_refuses(device, torch.float32 if dtype == torch.bfloat16 else dtype)
+
+
+# Of one row or a few, as in decoding.
+LINEAR_OF_FEW_ROWS = Op(
+    "linear_of_few_rows",
+    [
+        Implementation("numba", _few_rows, refuses=_few_rows_refuses),
+        Implementation("torch", _mixed_linear),
+    ],
+)
 LINEAR = Op(
     "linear",
     [
@@ -61,27 +89,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     PyTorch computes float32 products on a CPU with MKL, which keeps to AVX2 on processors that
     are not Intel's; oneDNN, in the same wheel, uses AVX512 on all that have it and is then about
-    twice as fast (benchmarks/NOTES.md). All other cases are `torch.nn.functional.linear`: low
-    precision and autocast, accelerators, quantised weights, and traced calls, which a compiler
-    replaces anyway.
+    twice as fast. Without gradients, a few rows go through a kernel that reads the matrix at the
+    speed of memory (benchmarks/NOTES.md). All other cases are `torch.nn.functional.linear`:
+    autocast, accelerators, quantised weights, and traced calls, which a compiler replaces anyway.
 
     Args:
         x: Inputs, shape (..., in).
-        weight: Shape (out, in).
+        weight: Shape (out, in), of x's dtype; or bfloat16 under float32 inputs, to be read faster.
         bias: Shape (out,), or None.
 
     Returns:
-        Shape (..., out).
+        Shape (..., out), of x's dtype (autocast's under autocast).
     """
-    plain = (
-        x.dtype != torch.float32
-        or weight.dtype != torch.float32
+    if (
+        x.device.type != "cpu"
         or x.dim() < 2
         or x.numel() == 0
         or type(weight) not in (Tensor, torch.nn.Parameter)
         or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled(x.device.type)
-    )
-    if plain:
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return F.linear(x, weight, bias)
+    mixed = (x.dtype, weight.dtype) == (torch.float32, torch.bfloat16)
+    if (
+        x.numel() <= FEW_ROWS * x.shape[-1]
+        and not torch.is_grad_enabled()
+        and weight.is_contiguous()
+        and (mixed or x.dtype == weight.dtype)
+        and weight.dtype in (torch.float32, torch.bfloat16)
+    ):
+        choice = LINEAR_OF_FEW_ROWS.choose(x.device, weight.dtype)
+        return choice.implementation.forward(x, weight, bias)
+    if mixed:
+        return _mixed_linear(x, weight, bias)
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
         return F.linear(x, weight, bias)
     return LINEAR.choose(x.device, x.dtype).implementation.forward(x, weight, bias)

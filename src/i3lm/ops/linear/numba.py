@@ -1,0 +1,61 @@
+"""A few rows times a matrix at the speed of memory, as in a step of decoding.
+
+The matrix is read once, as float32, bfloat16 or int8; all else is float32.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numba import prange
+from torch import Tensor
+
+from i3lm.ops.numba_bridge import bits_of, compiled, match_threads, widen
+
+
+@compiled()
+def _products(x, weight, scale, bias, output, tasks):
+    R, K = x.shape
+    N = weight.shape[0]
+    share = (N + tasks - 1) // tasks
+    for task in prange(tasks):
+        for n in range(task * share, min((task + 1) * share, N)):
+            for r in range(R):
+                total = np.float32(0)
+                for i in range(K):
+                    total += widen(weight[n, i]) * x[r, i]
+                if scale.size:
+                    total *= scale[n]
+                if bias.size:
+                    total += widen(bias[n])
+                output[r, n] = total
+
+
+_NOTHING = np.zeros(0, np.float32)
+
+
+def few_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """Gives ``(x @ weight.T) * scale + bias`` in float32.
+
+    Args:
+        x: Inputs, float32, shape (R, K).
+        weight: float32, bfloat16 or int8, shape (N, K), contiguous.
+        bias: float32 or bfloat16, shape (N,), or None.
+        scale: One factor per output, float32, shape (N,), or None.
+
+    Returns:
+        Shape (R, N), float32.
+    """
+    output = x.new_empty(x.shape[0], weight.shape[0])
+    match_threads()
+    _products(
+        x.detach().contiguous().numpy(),
+        bits_of(weight.detach()).numpy(),
+        _NOTHING if scale is None else scale.detach().numpy(),
+        _NOTHING if bias is None else bits_of(bias.detach()).numpy(),
+        output.numpy(),
+        numba.get_num_threads(),
+    )
+    return output
