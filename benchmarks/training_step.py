@@ -112,11 +112,10 @@ def check(options) -> None:
           f"gradient norm {got[1]:.5f} ({expected[1]:.5f})")  # fmt: skip
 
 
-def original(options) -> Step:
-    """The step of open-i3 itself, from a checkout, in its own model code."""
-    config = load_preset(options.preset).config(max_position_embeddings=options.context)
+def load_original(checkout: str, config) -> torch.nn.Module:
+    """The model of open-i3 itself, from a checkout, in its own code, shaped as a configuration."""
     kind = "80m" if config.recurrence == "state_space" else "200m"
-    path = Path(options.original) / "src" / "text-generators" / kind / "train.py"
+    path = Path(checkout) / "src" / "text-generators" / kind / "train.py"
     # Its scripts import a tracker at the top that training steps do not use.
     sys.modules.setdefault("wandb", types.ModuleType("wandb"))
     spec = importlib.util.spec_from_file_location(f"open_i3_{kind}", path)
@@ -125,13 +124,17 @@ def original(options) -> Step:
     torch.manual_seed(0)
     shape = {
         "vocab_size": config.vocab_size, "d_model": config.hidden_size,
-        "n_heads": config.num_attention_heads, "max_seq_len": options.context,
+        "n_heads": config.num_attention_heads, "max_seq_len": config.max_position_embeddings,
     }  # fmt: skip
     if kind == "80m":
-        model = module.i3Model(**shape, d_state=config.state_size)
-    else:
-        model = module.i3HybridModel(**shape)
-    model.to(options.device).train()
+        return module.i3Model(**shape, d_state=config.state_size)
+    return module.i3HybridModel(**shape)
+
+
+def original(options) -> Step:
+    """The step of open-i3 itself."""
+    config = load_preset(options.preset).config(max_position_embeddings=options.context)
+    model = load_original(options.original, config).to(options.device).train()
     ids, labels = batch_of(config, options)
     return Step(
         model, lambda: model(ids, labels)[1], options.precision, model.parameters(), fused=False

@@ -50,15 +50,15 @@ def chat(
     from transformers import TextStreamer
 
     from i3lm.device import resolve_device, resolve_precision
-    from i3lm.inference import SamplingOptions, TextGenerator
-    from i3lm.inference.loading import load_checkpoint
+    from i3lm.inference import SamplingOptions
+    from i3lm.inference.loading import load_checkpoint, make_generator
     from i3lm.inference.sessions import model_fingerprint
 
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed)
     where = resolve_device(device)
     model, tokenizer = load_checkpoint(checkpoint, where)
     fingerprint = None if session is None else model_fingerprint(model)
-    generator = TextGenerator(model, tokenizer, resolve_precision(precision, where))
+    generator = make_generator(model, tokenizer, resolve_precision(precision, where))
     talk: Any = _Lines(generator)
     if session is not None:
         talk = _Talk(generator, fingerprint, session)
@@ -111,7 +111,14 @@ class _Lines:
 
     def __init__(self, generator: Any) -> None:
         self.generator = generator
-        self.check, self.say = generator.encode_prompt, generator.complete
+        self.check, self.say = generator.encode_prompt, self._complete
+
+    def _complete(self, line: str, options: Any, streamer: Any) -> Any:
+        from i3lm.inference.loading import check_room
+
+        prompt = len(self.generator.encode_prompt(line))
+        check_room(self.generator.model, prompt, options.max_new_tokens)
+        return self.generator.complete(line, options, streamer)
 
     def obeys(self, line: str) -> bool:
         """Whether the line was a command, which is then done."""

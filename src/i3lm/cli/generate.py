@@ -39,13 +39,13 @@ def generate(
     """
     from i3lm.cli.running import print_json
     from i3lm.device import resolve_device, resolve_precision
-    from i3lm.inference import SamplingOptions, TextGenerator
-    from i3lm.inference.loading import check_room, load_checkpoint
+    from i3lm.inference import SamplingOptions
+    from i3lm.inference.loading import check_room, load_checkpoint, make_generator
 
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed, context_overflow)
     where = resolve_device(device)
     model, tokenizer = load_checkpoint(checkpoint, where)
-    generator = TextGenerator(model, tokenizer, resolve_precision(precision, where))
+    generator = make_generator(model, tokenizer, resolve_precision(precision, where))
     check_room(model, len(generator.encode_prompt(prompt, context_overflow)), max_new_tokens)
     completion = generator.complete(prompt, options)
     if json:

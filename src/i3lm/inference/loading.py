@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from i3lm.errors import CheckpointError, ConfigurationError, GenerationError, TokenizerError
+from i3lm.inference.generation import TextGenerator
 from i3lm.inference.quantization import check_can_load, is_quantized
+from i3lm.layers import Linear, LowRankLinear
 from i3lm.models.i3 import I3ForCausalLM  # importing it registers the architecture
 from i3lm.tokenizers import load_tokenizer, tokenizer_fingerprint
 
@@ -55,6 +58,21 @@ def load_checkpoint(
     return model, tokenizer
 
 
+def make_generator(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str
+) -> TextGenerator:
+    """Gives what writes text with a model that is for nothing else from here on.
+
+    Args:
+        model: The model; in bf16 on a CPU, `hold_weights_in_bf16` changes it.
+        tokenizer: Its tokenizer.
+        precision: ``fp32`` or ``bf16``.
+    """
+    if precision == "bf16" and model.device.type == "cpu" and isinstance(model, I3ForCausalLM):
+        return TextGenerator(hold_weights_in_bf16(model), tokenizer)
+    return TextGenerator(model, tokenizer, precision)
+
+
 def load_model(folder: Path) -> PreTrainedModel:
     """Gives the model in a folder; every weight must be there and fit.
 
@@ -85,6 +103,27 @@ def load_model(folder: Path) -> PreTrainedModel:
             f"{folder}: the weights do not fit config.json: {len(wrong)} tensors are missing or "
             f"unknown, such as {wrong[0]}"
         )
+    return model
+
+
+def hold_weights_in_bf16(model: PreTrainedModel) -> PreTrainedModel:
+    """Rounds the matrices of an i3 model's linear maps to bfloat16, in place, to be read faster.
+
+    Activations, states, norms, embeddings and sums stay float32, so this is more exact than
+    bf16 autocast, and on a CPU, where a step of decoding is bound by reading weights, faster.
+    For inference: the model's own weights are gone afterwards. Other models stay as they are.
+    """
+    shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        names: tuple[str, ...] = ()
+        if isinstance(module, Linear):
+            names = ("weight",)
+        elif isinstance(module, LowRankLinear):
+            names = ("lora_A", "lora_B")
+        for name in names:
+            weight = getattr(module, name)
+            if weight.dtype == torch.float32 and id(weight) not in shared:
+                setattr(module, name, nn.Parameter(weight.detach().bfloat16(), False))
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from numba.extending import overload
 from torch import Tensor
 
 _LAUNCHED = numba.get_num_threads()
+_matched = threading.local()  # as numba's own number is
 
 # Sums may be reordered and products contracted; NaN and infinity keep their meaning, so that a
 # diverged run shows as one.
@@ -26,11 +28,18 @@ _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 
 
-def match_threads() -> None:
-    """Makes numba use as many threads as PyTorch does (at most as many as it was started with)."""
+def match_threads() -> int:
+    """Makes numba use as many threads as PyTorch does (at most as many as it was started with).
+
+    Returns:
+        That number.
+    """
     threads = min(torch.get_num_threads(), _LAUNCHED)
-    if threads != numba.get_num_threads():
+    # Asking numba itself costs as much as a small kernel.
+    if threads != getattr(_matched, "threads", _LAUNCHED):
         numba.set_num_threads(threads)
+        _matched.threads = threads
+    return threads
 
 
 def as_arrays(*tensors: Tensor | None) -> list[np.ndarray]:

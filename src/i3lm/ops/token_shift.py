@@ -31,6 +31,8 @@ def token_shift(
     """
     B, T, C = inputs.shape
     before = inputs.new_zeros(B, 1, C) if state is None else state.to(inputs.dtype).unsqueeze(1)
+    if mask is None and reset is None and T == 1:  # a step of decoding
+        return before, inputs[:, 0]
     history = torch.cat([before, inputs], dim=1)  # (B, T + 1, C): history[:, t] precedes token t
     if mask is None:
         shifted, last = history[:, :-1], history[:, -1]

@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 from numba import prange, types
 from numba.extending import overload
 from torch import Tensor
@@ -103,10 +102,10 @@ def softmax_loss_numba(
     losses = logits.new_empty(R, dtype=precise)
     if logits.numel() == 0:
         return (losses,)
-    match_threads()
+    tasks = min(R, match_threads())
     offset = logits.new_empty(0, dtype=precise) if bias is None else bias
     columns = 0 if grad_bias is None else V
-    bias_sums = logits.new_zeros(min(R, torch.get_num_threads()), columns, dtype=precise)
+    bias_sums = logits.new_zeros(tasks, columns, dtype=precise)
     _rows(*as_arrays(bits_of(logits), offset, labels, scale, losses, bias_sums), wants_grad)
     if grad_bias is not None:
         grad_bias += bias_sums.sum(dim=0)

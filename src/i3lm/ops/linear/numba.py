@@ -5,7 +5,6 @@ The matrix is read once, as float32, bfloat16 or int8; all else is float32.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numba import prange
 from torch import Tensor
@@ -49,13 +48,13 @@ def few_rows(
         Shape (R, N), float32.
     """
     output = x.new_empty(x.shape[0], weight.shape[0])
-    match_threads()
+    tasks = match_threads()
     _products(
         x.detach().contiguous().numpy(),
         bits_of(weight.detach()).numpy(),
         _NOTHING if scale is None else scale.detach().numpy(),
         _NOTHING if bias is None else bits_of(bias.detach()).numpy(),
         output.numpy(),
-        numba.get_num_threads(),
+        tasks,
     )
     return output

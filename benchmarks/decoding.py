@@ -1,0 +1,149 @@
+"""Times the next token of one sequence, beside the original, and against the speed of memory.
+
+    python benchmarks/decoding.py --preset i3-80m --original PATH_OF_OPEN_I3
+
+Each contestant has read `--context` tokens and then gives one token after the other. The original
+reads its whole window for each, as its `generate` does. They take turns in one process. Before
+timing, our logits of a cached step are held against those of a full pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from measuring import median_ratio, report, summary, time_alternating
+from training_step import load_original
+from transformers import AutoModelForCausalLM
+
+from i3lm.inference.int8_linear import use_int8_products
+from i3lm.inference.loading import hold_weights_in_bf16
+from i3lm.layers import Linear
+from i3lm.presets import load_preset
+
+
+class Decoding:
+    """Our model after a prompt; every call gives one token more.
+
+    Args:
+        model: The model in evaluation mode.
+        ids: The prompt, shape (1, T).
+        room: Tokens after which it starts again from the prompt.
+    """
+
+    def __init__(self, model, ids: torch.Tensor, room: int) -> None:
+        self.model, self.ids, self.room = model, ids, room
+        self.left = 0
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        """Reads one token and draws the next greedily."""
+        if self.left == 0:
+            raise RuntimeError("out of room: give more --context to the preset")
+        output = self.model(self.token, past_key_values=self.cache, logits_to_keep=1)
+        self.token, self.left = output.logits[:, -1].argmax(-1, keepdim=True), self.left - 1
+
+    @torch.inference_mode()
+    def restart(self) -> None:
+        """Reads the prompt."""
+        output = self.model(self.ids, use_cache=True, logits_to_keep=1)
+        self.cache, self.left = output.past_key_values, self.room
+        self.token = output.logits[:, -1].argmax(-1, keepdim=True)
+
+    @torch.inference_mode()
+    def check(self, tolerance: float) -> None:
+        """Refuses to time a cached step whose logits are wrong."""
+        self.restart()
+        whole = self.model(torch.cat([self.ids, self.token], 1)).logits[:, -1]
+        step = self.model(self.token, past_key_values=self.cache).logits[:, -1]
+        difference = ((whole - step).abs().max() / whole.abs().max().clamp_min(1)).item()
+        if not difference <= tolerance:
+            raise SystemExit(f"a cached step differs by {difference:.1e}: not timed")
+        self.restart()
+
+
+def quantized(model):
+    """The model with int8 weights."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig(version=2), lambda module, _: isinstance(module, Linear))
+    use_int8_products(model)
+    return model
+
+
+def reading_bandwidth() -> float:
+    """Bytes per second at which memory can be read: the best of three ways to touch 1 GiB."""
+    block = torch.ones(2**28)
+    other = torch.empty_like(block)
+    runs: dict[str, Callable] = {
+        "sum": lambda: block.sum(),
+        "dot": lambda: torch.dot(block, block),
+        "copy": lambda: other.copy_(block),
+    }
+    seconds = {name: min(s) for name, s in time_alternating(runs, 5).items()}
+    moved = {"sum": block.nbytes, "dot": block.nbytes, "copy": 2 * block.nbytes}
+    return max(moved[name] / seconds[name] for name in runs)
+
+
+def main() -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="i3-80m")
+    parser.add_argument("--context", type=int, default=192)
+    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--original", help="path of a checkout of open-i3")
+    parser.add_argument("--output", help="append the JSON line to this file")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    room = options.repeats + 1
+    config = load_preset(options.preset).config(max_position_embeddings=options.context + room + 1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(0, config.vocab_size, (1, options.context))
+    runs: dict[str, Callable] = {}
+    models = {"fp32": model, "bf16": hold_weights_in_bf16(copy.deepcopy(model))}
+    if importlib.util.find_spec("torchao"):
+        models["int8"] = quantized(copy.deepcopy(model))
+    for name, contestant in models.items():
+        decoding = Decoding(contestant, ids, room)
+        decoding.check(1e-4 if name == "fp32" else 3e-2)
+        runs[name] = decoding
+    if options.original:
+        original = load_original(options.original, config).eval()
+        for precision in ("fp32", "bf16"):
+
+            @torch.inference_mode()
+            def window(precision=precision) -> None:
+                context = torch.autocast("cpu", torch.bfloat16)
+                with context if precision == "bf16" else nullcontext():
+                    original(ids)[0][:, -1].argmax(-1)
+
+            runs[f"original {precision}"] = window
+    seconds = time_alternating(runs, options.repeats)
+    bandwidth = reading_bandwidth()
+    matrices = sum(m.weight.nbytes for m in model.modules() if isinstance(m, Linear))
+    results = {}
+    for name in runs:
+        figures = summary(seconds[name])
+        figures["tokens_per_second"] = round(1e3 / figures["median_ms"], 1)
+        for other in ("fp32", "bf16"):
+            if name in models and f"original {other}" in seconds:
+                ratio = median_ratio(seconds[f"original {other}"], seconds[name])
+                figures[f"times_the_original_in_{other}"] = ratio
+        if name == "fp32":
+            share = matrices / (figures["median_ms"] / 1e3) / bandwidth
+            figures["share_of_measured_bandwidth"] = round(share, 3)
+        results[name] = figures
+        print(f"{name:>13}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+    setting = {"preset": options.preset, "context": options.context}
+    setting["reading_gb_per_second"] = round(bandwidth / 1e9, 1)
+    report("decoding", {**setting, "results": results}, options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
