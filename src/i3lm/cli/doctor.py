@@ -36,8 +36,8 @@ def doctor(json: bool = False) -> None:
     ]
     if wrong:
         raise KernelError(
-            f"{', '.join(wrong)} disagrees with the reference on this machine: choose another "
-            "kernel, and please report this with the output of i3lm doctor --json"
+            f"{', '.join(wrong)} fails or disagrees with the reference on this machine: "
+            "choose another kernel, and please report this with the output of i3lm doctor --json"
         )
 
 
@@ -119,7 +119,14 @@ def _kernels() -> dict[str, dict[str, Any]]:
             if refusal is not None:
                 checks[implementation.name] = {"refuses": refusal}
                 continue
-            difference = largest_difference(name, implementation.name, device)
+            try:
+                difference = largest_difference(name, implementation.name, device)
+            except Exception as error:  # a broken installation may raise anything: it is the answer
+                checks[implementation.name] = {
+                    "failed": f"{type(error).__name__}: {error}",
+                    "passed": False,
+                }
+                continue
             checks[implementation.name] = {
                 "difference": difference,
                 "passed": difference <= TOLERANCE,
@@ -146,6 +153,9 @@ def _print(facts: dict[str, Any]) -> None:
         for name, check in about["checks"].items():
             if "refuses" in check:
                 print(f"    {name:<11} cannot run here: {check['refuses']}")
+                continue
+            if "failed" in check:
+                print(f"    {name:<11} FAILED: {check['failed']}")
                 continue
             verdict = "agrees with" if check["passed"] else "DISAGREES with"
             print(
