@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -121,3 +123,23 @@ def test_full_precision_switches_autocast_off_for_its_block():
         with full_precision(CPU):
             assert (x @ x).dtype == torch.float32
         assert (x @ x).dtype == torch.bfloat16
+
+
+def test_a_broken_numba_leaves_the_ops_to_scan_and_says_why():
+    program = """
+import sys
+sys.modules["i3lm.ops.numba_bridge"] = None  # its import raises
+import torch
+from i3lm.ops.self_check import OPS
+for name, op in OPS.items():
+    choice = op.choose(torch.device("cpu"), torch.float32)
+    print(name, choice.implementation.name, choice.reason, sep="|")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+    for line in done.stdout.splitlines():
+        _, chosen, reason = line.split("|")
+        assert chosen == "scan", line
+        assert "numba: numba does not work here (ModuleNotFoundError: " in reason, line
+    assert len(done.stdout.splitlines()) == 2
