@@ -4,11 +4,55 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.export import Dim, export
+from torch.fx import GraphModule
 
+from i3lm.models.i3 import I3ForCausalLM
 from tests.models.tiny_i3 import draw_ids, make_model
 
+RECURRENCES = {"rwkv4": "i3lm.wkv.default", "state_space": "i3lm.state_space.default"}
 
-@pytest.mark.parametrize("kind", ["rwkv4", "state_space"])
+
+def loss_and_gradients(model: I3ForCausalLM, call, ids: Tensor) -> list[Tensor]:
+    """The loss of a training step, and the gradient of every parameter."""
+    model.zero_grad()
+    loss = call(input_ids=ids[:, :-1], shift_labels=ids[:, 1:], skip_logits=True, use_cache=False)
+    loss.loss.backward()
+    return [loss.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+# PyTorch's tracer warns about its own handling of autograd functions.
+own_warning = pytest.mark.filterwarnings(
+    "ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning"
+)
+
+
+def check_training(kind: str, backend: str) -> None:
+    model, ids = make_model(kind).train(), draw_ids(2, 10)
+    expected = loss_and_gradients(model, model, ids)
+    expected = [x.clone() for x in expected]
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    got = loss_and_gradients(model, compiled, ids)
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@own_warning
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_a_compiled_training_step_is_the_eager_one(kind: str):
+    check_training(kind, "aot_eager")
+
+
+@own_warning
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_a_training_step_compiled_to_machine_code_is_the_eager_one(kind: str):
+    check_training(kind, "inductor")
+
+
+@pytest.mark.parametrize("kind", RECURRENCES)
 def test_a_compiled_forward_gives_the_eager_logits(kind: str):
     model, ids = make_model(kind), draw_ids(2, 9)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -16,3 +60,26 @@ def test_a_compiled_forward_gives_the_eager_logits(kind: str):
         expected = model(input_ids=ids, use_cache=False).logits
         got = compiled(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", RECURRENCES)
+def test_an_exported_model_has_the_recurrence_as_one_node(kind: str):
+    model = make_model(kind)
+    batch, time = Dim("batch", min=2, max=64), Dim("time", min=2, max=model.config.position_limit)
+    with torch.no_grad():
+        program = export(
+            model,
+            (),
+            {"input_ids": draw_ids(2, 9), "use_cache": False},
+            dynamic_shapes={"input_ids": {0: batch, 1: time}, "use_cache": None},
+        )
+    # Blocks without autocast are graphs of their own inside the graph.
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, GraphModule)]
+    names = [str(node.target) for graph in graphs for node in graph.nodes]
+    layers = sum(layer == "linear_attention" for layer in model.config.layer_types)
+    assert names.count(RECURRENCES[kind]) == layers
+    for shape in ((2, 9), (3, 17)):
+        ids = draw_ids(*shape)
+        with torch.no_grad():
+            got = program.module()(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(got, model(input_ids=ids, use_cache=False).logits)

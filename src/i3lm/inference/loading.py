@@ -109,9 +109,10 @@ def load_model(folder: Path) -> PreTrainedModel:
 def hold_weights_in_bf16(model: PreTrainedModel) -> PreTrainedModel:
     """Rounds the matrices of an i3 model's linear maps to bfloat16, in place, to be read faster.
 
-    Activations, states, norms, embeddings and sums stay float32, so this is more exact than
-    bf16 autocast, and on a CPU, where a step of decoding is bound by reading weights, faster.
-    For inference: the model's own weights are gone afterwards. Other models stay as they are.
+    States, norms, embeddings, sums and, in a step of decoding, activations stay float32, so this
+    is more exact than bf16 autocast; and on a CPU, where such a step is bound by reading weights,
+    it is faster. For inference: the model's own weights are gone afterwards. Other models stay as
+    they are.
     """
     shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():

@@ -24,6 +24,7 @@ TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 # The implementations that are right everywhere and fast nowhere.
 SLOW = ("scan", "reference")
 
+_ops: dict[str, Op] = {}
 # op name -> implementation name, set by `use_implementation` for a block of code.
 _overrides: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
     "i3lm_op_overrides", default=None
@@ -68,6 +69,9 @@ class Op:
     implementations: list[Implementation]
     _told: set[tuple[str, str]] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        _ops[self.name] = self
+
     @property
     def names(self) -> list[str]:
         """The names of the implementations, best first."""
@@ -86,6 +90,14 @@ class Op:
         Raises:
             ValueError: The name is unknown, or that implementation refuses device or dtype.
         """
+        if torch.compiler.is_compiling():
+            traced = _name_of_choice(self.name, device, dtype, implementation)
+            return Choice(self.named(traced), "chosen when the call was traced")
+        return self._choose(device, dtype, implementation)
+
+    def _choose(
+        self, device: torch.device, dtype: torch.dtype, implementation: str | None
+    ) -> Choice:
         asked, source = implementation, "asked for by the call"
         if asked is None:
             asked, source = (_overrides.get() or {}).get(self.name), "asked for by an override"
@@ -119,6 +131,14 @@ class Op:
         if key not in self._told:
             self._told.add(key)
             logger.info("%s runs as %s (%s)", self.name, choice.implementation.name, choice.reason)
+
+
+@torch.compiler.assume_constant_result
+def _name_of_choice(
+    op: str, device: torch.device, dtype: torch.dtype, implementation: str | None
+) -> str:
+    # A compiler cannot follow what a choice looks at, and need not: it is fixed while tracing.
+    return _ops[op]._choose(device, dtype, implementation).implementation.name
 
 
 def runs_directly(implementation: Implementation) -> bool:

@@ -81,7 +81,7 @@ def linear_cross_entropy(
             f"weight {tuple(weight.shape)} must have shape (V, {hidden.shape[1]}) and bias "
             f"{shape} shape (V,)"
         )
-    if labels.device.type == "cpu":
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         # An accelerator would stall for this check; there the gather itself fails.
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))]
         if len(wrong):
@@ -113,7 +113,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = weight.new_zeros(weight.shape[0], dtype=precise) if wants_bias else None
         grad_weight = None
         total = hidden.new_zeros((), dtype=precise)
-        softmax_loss = SOFTMAX_LOSS.choose(hidden.device, dtype).implementation.forward
+        # A compiler fuses the plain form itself.
+        name = "reference" if torch.compiler.is_compiling() else None
+        softmax_loss = SOFTMAX_LOSS.choose(hidden.device, dtype, name).implementation.forward
         with torch.autocast(hidden.device.type, enabled=False):
             narrow = weight.to(dtype)
             offset = None if bias is None else bias.to(precise)
@@ -146,7 +148,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         # A last loss is usually differentiated as it is: spare the copies then. An accelerator
         # would stall for the comparison.
-        as_it_is = grad_loss.device.type == "cpu" and grad_loss.item() == 1
+        plain = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
+        as_it_is = plain and grad_loss.item() == 1
         grads = [
             grad if grad is None or as_it_is else grad * grad_loss for grad in ctx.saved_tensors
         ]

@@ -101,6 +101,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         Shape (..., out), of x's dtype (autocast's under autocast).
     """
+    mixed = (x.dtype, weight.dtype) == (torch.float32, torch.bfloat16)
+    plain = _mixed_linear if mixed else F.linear
     if (
         x.device.type != "cpu"
         or x.dim() < 2
@@ -109,8 +111,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
     ):
-        return F.linear(x, weight, bias)
-    mixed = (x.dtype, weight.dtype) == (torch.float32, torch.bfloat16)
+        return plain(x, weight, bias)
     if (
         x.numel() <= FEW_ROWS * x.shape[-1]
         and not torch.is_grad_enabled()
@@ -120,8 +121,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ):
         choice = LINEAR_OF_FEW_ROWS.choose(x.device, weight.dtype)
         return choice.implementation.forward(x, weight, bias)
-    if mixed:
-        return _mixed_linear(x, weight, bias)
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return F.linear(x, weight, bias)
+        return plain(x, weight, bias)
     return LINEAR.choose(x.device, x.dtype).implementation.forward(x, weight, bias)
