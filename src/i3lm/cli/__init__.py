@@ -29,14 +29,25 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command that the arguments name and gives the exit status."""
+    status = 0
     try:
         status = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()  # here, so that a reader that went away is noticed here
     except BrokenPipeError:
-        # As with other tools, `i3lm ... | head` is no error; nothing more can be written.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # As with other tools, `i3lm ... | head` is no error.
+        _drop_output()
         return 0
+    except OSError as error:  # of that flush: a command reports its own
+        _drop_output()
+        if status == 0:
+            print(f"i3lm: error: the output cannot be written: {error}", file=sys.stderr)
+        return status or 2
     return status
+
+
+def _drop_output() -> None:
+    """Lets what is left in the output's buffer go nowhere: nothing more can be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:
