@@ -89,6 +89,18 @@ def test_a_diverged_row_shows(name: str, bad: float, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_column_ruled_out_leaves_the_loss_finite(name: str):
+    tensors, labels = draw(6, 3, 70, has_bias=True)
+    tensors[2][0] = -torch.inf  # the first column of every row
+    labels.clamp_min_(1)
+    leaves = [x.float().requires_grad_() for x in tensors]
+    with use_implementation(softmax_loss=name):
+        got = loss_of(leaves, labels)
+    torch.testing.assert_close(got.double(), plain_loss(tensors, labels), rtol=1e-5, atol=1e-5)
+    assert all(bool(grad.isfinite().all()) for grad in torch.autograd.grad(got, leaves))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_bias_is_not_rounded_to_the_products_dtype(name: str):
     hidden, weight = torch.zeros(1, 2), torch.zeros(3, 2)
     bias = torch.tensor([100.0, 100.01, 0.0])  # one number in bfloat16

@@ -143,3 +143,22 @@ for name, op in OPS.items():
         assert chosen == "scan", line
         assert "numba: numba does not work here (ModuleNotFoundError: " in reason, line
     assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_broken_numba_stops_neither_a_loss_nor_decoding(dtype: str):
+    program = f"""
+import sys
+sys.modules["i3lm.ops.numba_bridge"] = None  # its import raises
+import torch
+from i3lm.ops import linear, linear_cross_entropy
+x, weight = torch.ones(2, 3).to(torch.{dtype}), torch.ones(5, 3).to(torch.{dtype})
+loss = linear_cross_entropy(x.requires_grad_(), weight, None, torch.tensor([0, 4]))
+loss.backward()
+with torch.no_grad():
+    print(round(loss.item(), 4), linear(x, weight).sum().item())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "1.6094 30.0\n"), done.stderr

@@ -161,6 +161,11 @@ def numba_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     return _numba_failure()
 
 
+def numba_refuses_bits(device: torch.device, dtype: torch.dtype) -> str | None:
+    """As `numba_refuses`, for kernels that take bfloat16 as its bits and compute in float32."""
+    return numba_refuses(device, torch.float32 if dtype == torch.bfloat16 else dtype)
+
+
 @functools.cache
 def _numba_failure() -> str | None:
     """Why numba cannot run in this process, or None."""

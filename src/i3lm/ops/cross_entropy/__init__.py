@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from i3lm.ops.cross_entropy.reference import softmax_loss_reference
-from i3lm.ops.dispatch import Implementation, Op, accumulation_dtype, numba_refuses
+from i3lm.ops.dispatch import Implementation, Op, accumulation_dtype, numba_refuses_bits
 from i3lm.ops.linear import linear
 
 # Logits that exist at one time, in bytes: large pieces make efficient matrix products.
@@ -22,17 +22,11 @@ def _numba(*inputs: Any) -> tuple[Tensor, ...]:
     return softmax_loss_numba(*inputs)
 
 
-def _numba_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    return (
-        None if dtype == torch.bfloat16 and device.type == "cpu" else numba_refuses(device, dtype)
-    )
-
-
 # From the logits of a piece, its loss; the gradient takes the logits' place.
 SOFTMAX_LOSS = Op(
     "softmax_loss",
     [
-        Implementation("numba", _numba, refuses=_numba_refuses),
+        Implementation("numba", _numba, refuses=numba_refuses_bits),
         Implementation("reference", softmax_loss_reference),
     ],
 )

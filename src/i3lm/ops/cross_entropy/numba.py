@@ -53,6 +53,7 @@ def _rows(logits, bias, labels, scale, losses, bias_sums, wants_grad):
     R, V = logits.shape
     tasks = bias_sums.shape[0]
     whole = V - V % _LANES
+    zero = scale.dtype.type(0)
     for task in prange(tasks):
         row, tops = np.empty(V, scale.dtype), np.empty(_LANES, scale.dtype)
         for r in range(task * R // tasks, (task + 1) * R // tasks):
@@ -71,7 +72,7 @@ def _rows(logits, bias, labels, scale, losses, bias_sums, wants_grad):
             for i in range(whole, V):
                 top = max(top, row[i])
             right = row[labels[r]] - top
-            total = row[0] - row[0]  # zero, of the right dtype; NaN where the row has no number
+            total = zero
             for i in range(V):
                 row[i] = exp(row[i] - top)
                 total += row[i]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from i3lm.ops.dispatch import Implementation, Op, numba_refuses
+from i3lm.ops.dispatch import Implementation, Op, numba_refuses_bits
 
 # Up to so many rows, a product is bound by reading the matrix.
 FEW_ROWS = 4
@@ -62,16 +62,11 @@ def _mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, low).to(x.dtype)
 
 
-def _few_rows_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    # bfloat16 comes as its bits, and is computed in float32.
-    return numba_refuses(device, torch.float32 if dtype == torch.bfloat16 else dtype)
-
-
 # Of one row or a few, as in decoding.
 LINEAR_OF_FEW_ROWS = Op(
     "linear_of_few_rows",
     [
-        Implementation("numba", _few_rows, refuses=_few_rows_refuses),
+        Implementation("numba", _few_rows, refuses=numba_refuses_bits),
         Implementation("torch", _mixed_linear),
     ],
 )
