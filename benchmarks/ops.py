@@ -16,7 +16,7 @@ import torch
 from measuring import median_ratio, report, summary, time_alternating
 
 from i3lm.ops import state_space, wkv
-from i3lm.ops.self_check import OPS, TOLERANCE, example_inputs, largest_difference
+from i3lm.ops.self_check import RECURRENCES, TOLERANCE, example_inputs, largest_difference
 
 
 def run(function: Callable, inputs: list[torch.Tensor], name: str, backward: bool) -> list:
@@ -59,7 +59,7 @@ def main() -> int:
     options = parser.parse_args()
 
     function: Callable = {"wkv": wkv, "state_space": state_space}[options.op]
-    op = OPS[options.op]
+    op = RECURRENCES[options.op]
     candidates = options.implementations or op.names
     names = []
     for name in candidates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import resource
@@ -276,7 +277,7 @@ def test_peers(refuses, config: dict, options: list[str], message: str):
 
 
 def test_generating_past_the_positions_of_a_peer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     run = tmp_path / "run"
     options = ["--model.config", json.dumps(GPT2), "--training.max_steps", "1"]
@@ -291,6 +292,11 @@ def test_generating_past_the_positions_of_a_peer(
         "i3lm generate: error: max_new_tokens (30) must be at most 29 after a prompt of 4 tokens: "
         "this gpt2 model has 32 positions\n"
     )
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once\n"))
+    assert main(["chat", str(run), "--max-new-tokens", "30"]) == 0
+    chat = capsys.readouterr()
+    assert "i3:" not in chat.out
+    assert chat.err.startswith("max_new_tokens (30) must be at most 29 after a prompt of 4 tokens")
 
 
 @pytest.mark.parametrize(

@@ -337,7 +337,8 @@ def saved(tmp_path: Path) -> tuple[Session, Path]:
 def rewrite(path: Path, change: Any, *, checksum: bool = True) -> None:
     """Writes a session file again with its metadata and tensors changed."""
     with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in names}
     change(metadata, tensors)
     if checksum:
         metadata["content"] = sessions_module._content_digest(metadata["turns"], tensors)

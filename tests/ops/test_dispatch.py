@@ -130,8 +130,8 @@ def test_a_broken_numba_leaves_the_ops_to_scan_and_says_why():
 import sys
 sys.modules["i3lm.ops.numba_bridge"] = None  # its import raises
 import torch
-from i3lm.ops.self_check import OPS
-for name, op in OPS.items():
+from i3lm.ops.self_check import RECURRENCES
+for name, op in RECURRENCES.items():
     choice = op.choose(torch.device("cpu"), torch.float32)
     print(name, choice.implementation.name, choice.reason, sep="|")
 """

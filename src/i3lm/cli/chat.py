@@ -89,7 +89,7 @@ def _converse(talk: Any, options: Any, streamer: Any) -> None:
         try:
             if talk.obeys(line):
                 continue
-            talk.check(line)
+            talk.check(line, options)
             print(f"\ni3: {line}", end="", flush=True)
             completion = talk.say(line, options, streamer)
         except GenerationError as error:
@@ -111,14 +111,14 @@ class _Lines:
 
     def __init__(self, generator: Any) -> None:
         self.generator = generator
-        self.check, self.say = generator.encode_prompt, self._complete
+        self.say = generator.complete
 
-    def _complete(self, line: str, options: Any, streamer: Any) -> Any:
+    def check(self, line: str, options: Any) -> None:
+        """Refuses a line that cannot be continued."""
         from i3lm.inference.loading import check_room
 
         prompt = len(self.generator.encode_prompt(line))
         check_room(self.generator.model, prompt, options.max_new_tokens)
-        return self.generator.complete(line, options, streamer)
 
     def obeys(self, line: str) -> bool:
         """Whether the line was a command, which is then done."""
@@ -141,7 +141,10 @@ class _Talk:
         else:
             self.session = Session(generator, fingerprint)
             self.session.save(self.path)  # now, and not after the first turn is lost
-        self.check = self.session.encode_turn
+
+    def check(self, line: str, options: Any) -> None:
+        """Refuses a line that cannot be said."""
+        self.session.encode_turn(line)
 
     @property
     def greeting(self) -> str:

@@ -104,18 +104,16 @@ def _median_seconds(run: Any, repeats: int = 7) -> float:
 
 
 def _kernels() -> dict[str, dict[str, Any]]:
-    import torch
-
     from i3lm.device import resolve_device
-    from i3lm.ops.self_check import OPS, TOLERANCE, largest_difference
+    from i3lm.ops.self_check import CHECKS, largest_difference
 
     device = resolve_device()
     found: dict[str, dict[str, Any]] = {}
-    for name, op in OPS.items():
-        choice = op.choose(device, torch.float32)
+    for name, check in CHECKS.items():
+        choice = check.op.choose(device, check.dtype)
         checks: dict[str, dict[str, Any]] = {}
-        for implementation in op.implementations:
-            refusal = implementation.refuses(device, torch.float32)
+        for implementation in check.op.implementations:
+            refusal = implementation.refuses(device, check.dtype)
             if refusal is not None:
                 checks[implementation.name] = {"refuses": refusal}
                 continue
@@ -129,13 +127,14 @@ def _kernels() -> dict[str, dict[str, Any]]:
                 continue
             checks[implementation.name] = {
                 "difference": difference,
-                "passed": difference <= TOLERANCE,
+                "passed": difference <= check.tolerance,
             }
         found[name] = {
             "device": str(device),
+            "dtype": str(check.dtype).removeprefix("torch."),
             "chosen": choice.implementation.name,
             "reason": choice.reason,
-            "tolerance": TOLERANCE,
+            "tolerance": check.tolerance,
             "checks": checks,
         }
     return found
@@ -149,7 +148,8 @@ def _print(facts: dict[str, Any]) -> None:
             print(f"  {name:<22} {text}")
     print("kernels")
     for op, about in facts["kernels"].items():
-        print(f"  {op}: {about['chosen']} on {about['device']} ({about['reason']})")
+        where = f"{about['device']} in {about['dtype']}"
+        print(f"  {op}: {about['chosen']} on {where} ({about['reason']})")
         for name, check in about["checks"].items():
             if "refuses" in check:
                 print(f"    {name:<11} cannot run here: {check['refuses']}")

@@ -358,7 +358,8 @@ def _read(path: Path) -> tuple[dict[str, str], States]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()  # what `safe_open` gives is no mapping: it has keys alone
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise SessionError(
             f"{path}: not readable as a session ({' '.join(str(error).split())}): the file is "

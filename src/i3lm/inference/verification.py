@@ -22,7 +22,7 @@ from i3lm.errors import OutputError
 from i3lm.inference.quantization import is_quantized
 from i3lm.inference.sessions import cache_states
 from i3lm.ops.dispatch import use_implementation
-from i3lm.ops.self_check import OPS
+from i3lm.ops.self_check import RECURRENCES
 
 # Sums in another order differ by the rounding of the type, 6e-8 or 4e-3 of a term; through the
 # layers that grows to some 1e-6 or 1e-2 of the largest logit. A state that is lost, doubled or
@@ -80,7 +80,7 @@ def verify_model(model: PreTrainedModel, precision: str = "fp32") -> Iterator[Ch
     if op is None or set(model.config.layer_types) == {"full_attention"}:
         comparisons["kernels = reference"] = _no_recurrence
     else:
-        for name in OPS[op].names:
+        for name in RECURRENCES[op].names:
             if name != "reference":
                 comparisons[f"{op} {name} = reference"] = partial(bench.kernel, op, name)
     for title, compare in comparisons.items():
@@ -209,7 +209,7 @@ class _Bench:
     def kernel(self, op: str, name: str) -> float:
         """The model with one implementation of its recurrence, against the reference."""
         dtype = torch.float32
-        refusal = OPS[op].named(name).refuses(self.ids.device, dtype)
+        refusal = RECURRENCES[op].named(name).refuses(self.ids.device, dtype)
         if refusal is not None:
             raise _DoesNotApplyError(refusal)
         results = []

@@ -68,7 +68,7 @@ def store(target, work, row):
 
 def exp(x: Any) -> Any:
     """``e^x`` inside a kernel: float32 to 2 ulp in a form that vectorises, float64 by libm."""
-    raise NotImplementedError("for use inside numba kernels")
+    raise NotImplementedError("for use inside numba kernels")  # they take the overload below
 
 
 @inlined()
@@ -105,7 +105,7 @@ def widen(x: Any) -> Any:
 
     NumPy does not know bfloat16: it is the upper half of a float32.
     """
-    raise NotImplementedError("for use inside numba kernels")
+    raise NotImplementedError("for use inside numba kernels")  # they take the overload below
 
 
 @overload(widen, inline="always", jit_options={"fastmath": FAST})

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from i3lm.ops.attention import CAUSAL_ATTENTION, causal_attention
+from i3lm.ops.cross_entropy import SOFTMAX_LOSS, linear_cross_entropy
+from i3lm.ops.dispatch import Op, use_implementation
+from i3lm.ops.linear import LINEAR, LINEAR_OF_FEW_ROWS, linear
 from i3lm.ops.state_space import STATE_SPACE, state_space
 from i3lm.ops.wkv import WKV, wkv
 
-OPS = {"wkv": WKV, "state_space": STATE_SPACE}
+RECURRENCES = {"wkv": WKV, "state_space": STATE_SPACE}
 _DOORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"wkv": wkv, "state_space": state_space}
 
-# float32 sums over a hundred steps, with exponents up to about 30.
-TOLERANCE = 1e-4
+
+@dataclass(frozen=True)
+class Check:
+    """How the implementations of an op are held against the truth.
+
+    Attributes:
+        op: The op.
+        dtype: What its implementations are run in.
+        tolerance: The largest difference allowed, relative to each result's size.
+        results: Runs the op on a device in a dtype and gives all that it computes.
+    """
+
+    op: Op
+    dtype: torch.dtype
+    tolerance: float
+    results: Callable[[torch.device, torch.dtype], list[Tensor]]
 
 
 def example_inputs(
@@ -42,37 +61,87 @@ def example_inputs(
     ]
 
 
-def largest_difference(op: str, implementation: str, device: torch.device | str = "cpu") -> float:
-    """How far an implementation is from the float64 reference, relative to each result's size.
+def _recurrence(op: str, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Output, final state and gradients of a recurrence, with document resets and padding."""
+    draw = torch.Generator().manual_seed(1)
+    reset = torch.rand(2, 100, generator=draw) < 0.05
+    mask = torch.rand(2, 100, generator=draw) < 0.9
+    inputs = [x.to(device, dtype).requires_grad_() for x in example_inputs(op, 2, 100, 40)]
+    output, state = _DOORS[op](*inputs, reset=reset.to(device), mask=mask.to(device))
+    return [output, state, *_gradients(output, inputs)]
 
-    Compares output, final state and the gradient of every input, with document resets and
-    padding, in float32.
+
+def _gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+    return torch.autograd.grad((output * weights.to(output)).sum(), inputs)
+
+
+def _normal(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(2)
+    drawn = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
+    return [x.to(device, dtype).requires_grad_() for x in drawn]
+
+
+def _linear(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    inputs = _normal(device, dtype, (2, 50, 64), (96, 64), (96,))
+    output = linear(*inputs)
+    return [output, *_gradients(output, inputs)]
+
+
+@torch.no_grad()
+def _few_rows(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    return [linear(*_normal(device, dtype, (1, 2, 64), (96, 64), (96,)))]
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    inputs = _normal(device, dtype, *[(2, 3, 200, 16)] * 3)
+    output = causal_attention(*inputs)
+    return [output, *_gradients(output, inputs)]
+
+
+def _loss(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    hidden, weight, bias = _normal(device, dtype, (50, 16), (90, 16), (90,))
+    loss = linear_cross_entropy(hidden, weight, bias, torch.arange(50, device=device))
+    return [loss, *torch.autograd.grad(loss, [hidden, weight, bias])]
+
+
+# float32: sums over a hundred terms, in the recurrences with exponents up to about 30. bfloat16
+# keeps 8 bits, and attention rounds to it four times.
+TOLERANCE = 1e-4
+CHECKS = {
+    check.op.name: check
+    for check in (
+        *(
+            Check(op, torch.float32, TOLERANCE, lambda *where, name=name: _recurrence(name, *where))
+            for name, op in RECURRENCES.items()
+        ),
+        Check(CAUSAL_ATTENTION, torch.bfloat16, 3e-2, _attention),
+        Check(SOFTMAX_LOSS, torch.float32, TOLERANCE, _loss),
+        Check(LINEAR, torch.float32, TOLERANCE, _linear),
+        Check(LINEAR_OF_FEW_ROWS, torch.float32, TOLERANCE, _few_rows),
+    )
+}
+
+
+def largest_difference(op: str, implementation: str, device: torch.device | str = "cpu") -> float:
+    """How far an implementation is from the op's plainest in float64, relative to each result.
+
+    Compares all outputs, final states and gradients.
 
     Args:
-        op: ``wkv`` or ``state_space``.
+        op: The op's name, a key of `CHECKS`.
         implementation: Its name.
         device: Where to run it.
 
     Raises:
         ValueError: There is no such implementation, or it refuses the device.
     """
-    draw = torch.Generator().manual_seed(1)
-    reset = torch.rand(2, 100, generator=draw) < 0.05
-    mask = torch.rand(2, 100, generator=draw) < 0.9
-    results = []
-    for name, where, dtype in (
-        ("reference", torch.device("cpu"), torch.float64),
-        (implementation, torch.device(device), torch.float32),
-    ):
-        inputs = [x.to(where, dtype).requires_grad_() for x in example_inputs(op, 2, 100, 40)]
-        marks = {"reset": reset.to(where), "mask": mask.to(where)}
-        output, state = _DOORS[op](*inputs, **marks, implementation=name)
-        weights = torch.linspace(-1, 1, output.numel(), dtype=dtype, device=where)
-        loss = (output * weights.view_as(output)).sum()
-        grads = torch.autograd.grad(loss, inputs)
-        results.append([x.detach().cpu().double() for x in (output, state, *grads)])
-    expected, got = results
+    check = CHECKS[op]
+    with use_implementation(**{op: check.op.names[-1]}):
+        expected = check.results(torch.device("cpu"), torch.float64)
+    with use_implementation(**{op: implementation}):
+        got = check.results(torch.device(device), check.dtype)
     return max(
-        ((a - b).abs().max() / a.abs().max().clamp_min(1)).item()
+        ((a.cpu() - b.cpu().double()).abs().max() / a.abs().max().clamp_min(1)).item()
         for a, b in zip(expected, got, strict=True)
     )

@@ -32,7 +32,7 @@ _LANES = 64  # running maxima kept side by side, so that their loop vectorises
 
 def _written(x: Any, like: Any) -> Any:
     """A number as a logit of the kind of `like`; bfloat16 rounds to nearest, ties to even."""
-    raise NotImplementedError("for use inside numba kernels")
+    raise NotImplementedError("for use inside numba kernels")  # they take the overload below
 
 
 @inlined()

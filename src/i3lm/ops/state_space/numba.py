@@ -106,7 +106,7 @@ def _average_backward(
 @inlined()
 def _dot(matrix, row, work, vector):
     """A row of a matrix times a row of the working array: a sum, which vectorises."""
-    total = work[vector, 0] * 0
+    total = work.dtype.type(0)
     for i in range(matrix.shape[1]):
         total += matrix[row, i] * work[vector, i]
     return total
