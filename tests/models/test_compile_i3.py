@@ -46,6 +46,7 @@ def test_a_compiled_training_step_is_the_eager_one(kind: str):
 
 
 @own_warning
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is depre:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RECURRENCES)
 def test_a_training_step_compiled_to_machine_code_is_the_eager_one(kind: str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from i3lm.ops.dispatch import (
@@ -16,6 +15,7 @@ from i3lm.ops.dispatch import (
     runs_directly,
     triton_refuses,
 )
+from i3lm.ops.registration import register_recurrence
 from i3lm.ops.state_space.reference import state_space_reference
 from i3lm.ops.state_space.scan import state_space_scan, state_space_scan_backward
 
@@ -55,70 +55,7 @@ STATE_SPACE = Op(
 )
 
 
-@torch.library.custom_op("i3lm::state_space", mutates_args=())
-def _state_space(
-    x: Tensor,
-    mix: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
-    output, final = STATE_SPACE.named(implementation).forward(
-        x, mix, A, B, C, D, state, reset, mask
-    )
-    return output, final
-
-
-@_state_space.register_fake
-def _(x, mix, A, B, C, D, state, reset, mask, implementation):
-    return x.new_empty(x.shape), state.new_empty(state.shape)
-
-
-@torch.library.custom_op("i3lm::state_space_backward", mutates_args=())
-def _state_space_backward(
-    grad_output: Tensor,
-    grad_state: Tensor,
-    x: Tensor,
-    mix: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (x, mix, A, B, C, D, state, reset, mask)
-    backward = STATE_SPACE.named(implementation).backward
-    assert backward is not None  # such implementations never come here
-    grads = backward(grad_output, grad_state, *inputs)
-    return grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6]
-
-
-@_state_space_backward.register_fake
-def _(grad_output, grad_state, x, mix, A, B, C, D, state, reset, mask, implementation):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, mix, A, B, C, D, state))
-
-
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.implementation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, grad_output, grad_state):
-    inputs = (*ctx.saved_tensors, ctx.implementation)
-    with full_precision(grad_output.device):  # a backward pass may run inside autocast too
-        grads = _state_space_backward(grad_output, grad_state, *inputs)
-    return (*grads, None, None, None)
-
-
-_state_space.register_autograd(_differentiate, setup_context=_save)
+_state_space = register_recurrence(STATE_SPACE, ("x", "mix", "A", "B", "C", "D", "state"))
 
 
 def state_space(

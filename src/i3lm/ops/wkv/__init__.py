@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from i3lm.ops.dispatch import (
@@ -16,6 +15,7 @@ from i3lm.ops.dispatch import (
     runs_directly,
     triton_refuses,
 )
+from i3lm.ops.registration import register_recurrence
 from i3lm.ops.wkv.reference import empty_state, wkv_reference
 from i3lm.ops.wkv.scan import wkv_scan, wkv_scan_backward
 
@@ -55,67 +55,7 @@ WKV = Op(
 )
 
 
-@torch.library.custom_op("i3lm::wkv", mutates_args=())
-def _wkv(
-    key: Tensor,
-    value: Tensor,
-    time_decay: Tensor,
-    time_first: Tensor,
-    state: Tensor,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
-    output, final = WKV.named(implementation).forward(
-        key, value, time_decay, time_first, state, reset, mask
-    )
-    return output, final
-
-
-@_wkv.register_fake
-def _(key, value, time_decay, time_first, state, reset, mask, implementation):
-    return key.new_empty(key.shape), state.new_empty(state.shape)
-
-
-@torch.library.custom_op("i3lm::wkv_backward", mutates_args=())
-def _wkv_backward(
-    grad_output: Tensor,
-    grad_state: Tensor,
-    key: Tensor,
-    value: Tensor,
-    time_decay: Tensor,
-    time_first: Tensor,
-    state: Tensor,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (key, value, time_decay, time_first, state, reset, mask)
-    backward = WKV.named(implementation).backward
-    assert backward is not None  # such implementations never come here
-    grads = backward(grad_output, grad_state, *inputs)
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
-
-
-@_wkv_backward.register_fake
-def _(grad_output, grad_state, key, value, time_decay, time_first, state, reset, mask, name):
-    inputs = (key, value, time_decay, time_first, state)
-    return tuple(x.new_empty(x.shape) for x in inputs)
-
-
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.implementation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, grad_output, grad_state):
-    inputs = (*ctx.saved_tensors, ctx.implementation)
-    with full_precision(grad_output.device):  # a backward pass may run inside autocast too
-        grads = _wkv_backward(grad_output, grad_state, *inputs)
-    return (*grads, None, None, None)
-
-
-_wkv.register_autograd(_differentiate, setup_context=_save)
+_wkv = register_recurrence(WKV, ("key", "value", "time_decay", "time_first", "state"))
 
 
 def wkv(
