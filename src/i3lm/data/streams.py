@@ -462,9 +462,14 @@ def _gather_windows(
     documents: list[Encoded] = []
     for encoded in encoded_chunks:
         note = notes.popleft()
-        for outcome in (note, encoded):
-            if isinstance(outcome, I3Error):
-                raise outcome
+        failure = note if isinstance(note, I3Error) else encoded
+        if isinstance(failure, I3Error):
+            try:
+                raise failure
+            finally:
+                # A circle of frame and error would leave the workers' end to a garbage
+                # collection, where their queues may be closed before they are told.
+                del note, encoded, failure
         documents += encoded
         if isinstance(note, _Window):
             yield note, documents
