@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import islice
 
 import pytest
 from hypothesis import given
@@ -29,8 +30,7 @@ def mixture(
 
 
 def take(documents: Mixture, count: int) -> list[tuple[str, int, int]]:
-    pieces = [piece for piece, _ in zip(documents, range(count), strict=False)]
-    return [(piece.source, piece.epoch, piece.document) for piece in pieces]
+    return [(p.source, p.epoch, p.document) for p in islice(documents, count)]
 
 
 sources = st.lists(
