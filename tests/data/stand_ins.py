@@ -5,10 +5,16 @@ Kept free of test libraries: worker processes import it for `encode`.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 
 import numpy as np
 
+from i3lm.data import streams
 from i3lm.data.streams import Document, Encoded
 from i3lm.errors import DataError, TokenizerError
 
@@ -71,3 +77,14 @@ def encode(documents: list[Document]) -> list[Encoded]:
         has_digits = any(letter.isdigit() for letter in document)
         encoded.append((tokens, tokens > ord("9") if has_digits else None))
     return encoded
+
+
+def signal_itself(connection: Connection) -> None:
+    """As a worker: says that it has outlasted one signal of each kind, and waits for its end."""
+    streams._GRACE_SECONDS = 0.5
+    streams._start_worker(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    connection.send("still alive")
+    time.sleep(60)
+    sys.exit("nothing has ended this process")

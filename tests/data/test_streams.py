@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from i3lm.data.split import is_held_out
 from i3lm.data.streams import DocumentStream, ShuffledDocuments, StreamedDocuments, permutation
 from i3lm.errors import DataError, TokenizerError
-from tests.data.stand_ins import STRIDE, MemorySource, MemoryStore, encode
+from tests.data.stand_ins import STRIDE, MemorySource, MemoryStore, encode, signal_itself
 
 TEXTS = [f"text {number} " + "x" * (number % 7) for number in range(300)]
 
@@ -195,6 +196,13 @@ def test_going_back_on_the_same_object():
     assert take(moved(stream, state), 100) == expected
 
 
+def test_goes_on_after_closing():
+    stream = streamed(shuffle_buffer=10)
+    taken = take(stream, 25)
+    stream.close()
+    assert taken + take(stream, 75) == take(streamed(shuffle_buffer=10), 100)
+
+
 def test_a_piece_of_a_stream_is_kept_as_tokens():
     stream = streamed(["ab12", "cd"])
     piece = next(stream).part(1)
@@ -256,15 +264,38 @@ def test_workers_outlast_a_signal_to_all_processes():
     assert worker.exitcode == 0
 
 
-def test_a_second_sigterm_ends_a_worker():
-    """Without it a process that ends with workers at hand would wait for them for ever."""
-    code = (
-        "import os, signal; from i3lm.data.streams import _start_worker; _start_worker(0)\n"
-        "os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM)\n"
-        "print('alive', flush=True); os.kill(os.getpid(), signal.SIGTERM); print('still')"
+# Runs to its second document with two workers, of which the second is still starting.
+RUN = """
+import os, signal, sys
+from i3lm.data.streams import StreamedDocuments
+from tests.data.stand_ins import MemorySource, encode
+stream = StreamedDocuments(MemorySource(["a" * 900] * 999), encode, "texts", workers=2)
+print(next(stream).document, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("os.kill(os.getpid(), signal.SIGKILL)", -9), ("sys.exit(3)", 3)]
+)
+def test_workers_end_with_the_main_process(end: str, code: int):
+    root = Path(__file__).parents[2]
+    # It returns when every process that has its output is gone.
+    finished = subprocess.run(
+        [sys.executable, "-c", RUN + end], cwd=root, stdout=subprocess.PIPE, timeout=30
     )
-    worker = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (worker.stdout, worker.returncode) == ("alive\n", -signal.SIGTERM)
+    assert (finished.stdout, finished.returncode) == (b"0\n", code)
+
+
+def test_sigterm_ends_a_worker_after_a_while():
+    """Without it a process that ends with workers at hand might wait for them for ever."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=signal_itself, args=(theirs,))
+    worker.start()
+    assert ours.poll(timeout=20)
+    assert ours.recv() == "still alive"
+    worker.join(timeout=20)
+    assert worker.exitcode == 0
 
 
 def test_a_source_that_lost_documents():

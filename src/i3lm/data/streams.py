@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +30,8 @@ Encode = Callable[[list[Document]], list[Encoded]]
 
 # Documents that a worker process encodes at a time: enough to outweigh the way there and back.
 _CHUNK_DOCUMENTS = 64
+# How long a worker goes on after SIGTERM.
+_GRACE_SECONDS = 20.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -287,6 +293,7 @@ class StreamedDocuments:
         self._encoded: Iterator[tuple[_Window, list[Encoded]]] | None = None
         self._window: _Window | None = None
         self._documents: list[tuple[int, Encoded]] = []  # of the window, in the order of giving
+        _STREAMS.add(self)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -364,6 +371,10 @@ class StreamedDocuments:
         )
         return _gather_windows(loader, notes)
 
+    def close(self) -> None:
+        """Ends the worker processes. They start again with the next document."""
+        self._encoded = None
+
     def state_dict(self) -> dict[str, Any]:
         """Gives the beginning of the window in the source, and the position in the window."""
         return {**asdict(self._place), "position": self._position}
@@ -372,7 +383,8 @@ class StreamedDocuments:
         """Goes to a position; what workers have in hand is thrown away."""
         self._place = _Place(state["epoch"], state["first"], state["cursor"])
         self._position = state["position"]
-        self._encoded, self._window, self._documents = None, None, []
+        self._window, self._documents = None, []
+        self.close()
 
     def refer(self, piece: Piece) -> dict[str, Any]:
         """Gives the piece itself: a stream cannot go back for one document."""
@@ -395,6 +407,16 @@ class StreamedDocuments:
             document=reference["document"],
             start=reference["start"],
         )
+
+
+_STREAMS: weakref.WeakSet[StreamedDocuments] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends workers while the loader still can: later in Python's exit it leaves them alone."""
+    for stream in _STREAMS:
+        stream.close()
 
 
 # What is known of a chunk where it was read: that its window goes on (None) or ends with it, or
@@ -451,8 +473,10 @@ def _read_chunks(
 
 
 def _is_held_out(document: Document, fraction: float) -> bool:
-    text = document if isinstance(document, str) else json.dumps(document, ensure_ascii=False)
-    return is_held_out(text, fraction)
+    """Decides by what is said, so that another chat template moves no conversation."""
+    if not isinstance(document, str):
+        document = "\n".join(message["content"] for message in document)
+    return is_held_out(document, fraction)
 
 
 def _gather_windows(
@@ -496,8 +520,27 @@ def _as_it_is(encoded: Sequence[Encoded] | I3Error) -> Sequence[Encoded] | I3Err
 def _start_worker(number: int) -> None:
     """Leaves it to the main process when to stop, and to the other workers to use other cores."""
     # Ctrl-C and a scheduler's SIGTERM reach all processes of a run; the main one still needs its
-    # workers for the step that it finishes. A second SIGTERM ends them, as when Python exits:
-    # the loader sends one and multiprocessing another.
+    # workers for the step that it finishes. SIGTERM is also how Python's exit ends workers that
+    # are still there, so they heed it, but not at once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, _end_soon)
+    threading.Thread(target=_end_with_main, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_soon(*signal_and_frame: object) -> None:
+    end = threading.Timer(_GRACE_SECONDS, os._exit, (0,))
+    end.daemon = True
+    end.start()
+
+
+def _end_with_main() -> None:
+    """Ends this process when the main one is gone, however that ended.
+
+    The loader's own watch misses an end while a worker is still starting, and a worker whose
+    results nobody takes any more would wait for ever.
+    """
+    main = multiprocessing.parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
