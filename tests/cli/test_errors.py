@@ -379,13 +379,13 @@ def test_options_that_do_not_fit_each_other(refuses, options: list[str], message
 
 # Text
 
-_KINDS = "a .txt, .jsonl or .parquet file, a Hub name (owner/name), or a built-in corpus"
+_KINDS = ".txt, .jsonl or .parquet files, a Hub name (owner/name), or a built-in corpus"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("no.txt", None, f"no such file; give a path to {_KINDS} (pydocs, stories)"),
+        ("no.txt", None, f"no such file; give the path of {_KINDS} (pydocs, stories)"),
         ("empty.txt", b"", "is empty; give a file with text in it"),
         ("blank.txt", b"\n \n", "holds no text; give a source with at least one document"),
         (

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from i3lm.data.encoding import batches, encode_batch, separator_ids, token_dtype
 from i3lm.errors import DataError
-from i3lm.tokenizers import encode_documents
-
-# What stands between documents where the tokenizer has no end-of-text token.
-SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -34,35 +30,19 @@ class TokenizedText:
     bytes: int
 
 
-def separator_ids(tokenizer: Any) -> list[int]:
-    """The ids that stand between documents: the end-of-text token, or else a blank line."""
-    if tokenizer.eos_token_id is not None:
-        return [tokenizer.eos_token_id]
-    return encode_documents(tokenizer, [SEPARATOR])[0]
-
-
 def tokenize_documents(documents: Iterable[str], tokenizer: Any) -> TokenizedText:
     """Encodes documents into one stream, a separator before the first and after each.
 
-    The stream is encoded a few thousand documents at a time and kept as two or four bytes a
-    token.
+    The stream is encoded a batch at a time and kept as two or four bytes a token.
     """
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    separator = separator_ids(tokenizer)
-    pieces = [np.array(separator, dtype=dtype)]
-    count = size = 0
-    for batch in _batches(documents, 2_000):
+    pieces, count, size = [], 0, 0
+    for batch, _ in batches((document, None) for document in documents):
+        encoded = encode_batch(batch, tokenizer)
+        pieces.append(encoded.tokens)
         count += len(batch)
-        size += sum(len(document.encode("utf-8", "surrogatepass")) for document in batch)
-        ids = [i for encoded in encode_documents(tokenizer, batch) for i in encoded + separator]
-        pieces.append(np.array(ids, dtype=dtype))
+        size += int(encoded.bytes.sum())
+    pieces.append(np.array(separator_ids(tokenizer), dtype=token_dtype(tokenizer)))
     return TokenizedText(np.concatenate(pieces), count, size)
-
-
-def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
 
 
 class ContiguousRows(Dataset):
