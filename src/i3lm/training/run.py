@@ -30,11 +30,16 @@ from i3lm.training.build import (
     make_tokenizer,
     resolve_start,
 )
-from i3lm.training.checkpoints import EVALUATION_FILE, METRICS_FILE, SAMPLES_FILE
+from i3lm.training.checkpoints import (
+    EVALUATION_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    checkpoint_step,
+)
 from i3lm.training.console import RunConsole, SampleWriter
 from i3lm.training.metrics import MetricsFile, StepTimer
 from i3lm.training.options import RunOptions
-from i3lm.training.run_folder import check_run_folder, checkpoint_step, prepare_run_folder
+from i3lm.training.run_folder import as_yaml, check_run_folder, prepare_run_folder
 from i3lm.training.trainer import I3Trainer
 
 
@@ -110,7 +115,10 @@ def run_training(
         markup=False,
     )
 
-    checkpoint = prepare_run_folder(output, options, resume=resume)
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    checkpoint = prepare_run_folder(output, options, resume=resume, report=say)
     step = checkpoint_step(checkpoint) if checkpoint else 0
     batch = min(training.batch_size, len(rows)) * training.gradient_accumulation_steps
     timer = StepTimer(batch * context)
@@ -153,10 +161,11 @@ def run_training(
         context_length=context,
         data_collator=default_data_collator,
         callbacks=callbacks,
+        configuration=as_yaml(options),
     )
     _silence_stock_console(trainer)
     if checkpoint is not None:
-        console.print(f"resuming from {checkpoint}", highlight=False, markup=False, soft_wrap=True)
+        say(f"resuming from {checkpoint}")
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
