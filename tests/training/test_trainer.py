@@ -13,6 +13,10 @@ from i3lm.training.trainer import I3Trainer
 OVERRIDDEN = {
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "create_optimizer": ["model"],
+    "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
+    "training_step": ["model", "inputs", "num_items_in_batch"],
+    "set_initial_training_values": ["args", "dataloader"],
+    "_get_grad_norm": ["model", "grad_norm"],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
     "_init_training_state": [
         "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint",
@@ -32,7 +36,10 @@ OVERRIDDEN = {
     "_load_rng_state": ["checkpoint"],
 }  # fmt: skip
 
-OURS = {"__init__", "state_dict", "load_state_dict", "_check_tokenizer"}
+OURS = {
+    "__init__", "state_dict", "load_state_dict", "skip_data", "_skip", "_check_tokenizer",
+    "_scaler_still_adapts",
+}  # fmt: skip
 
 
 def test_our_own_methods_hide_none_of_the_trainers():

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,6 +31,14 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a position that `state_dict` gave."""
+
+
+@runtime_checkable
+class Skippable(Stateful, Protocol):
+    """A reader of data that can pass over some of it."""
+
+    def skip_batches(self, batches: int) -> None:
+        """Goes as many batches further as one process reads, without giving them."""
 
 
 def read_records(path: Path, last_step: int) -> list[dict[str, Any]]:

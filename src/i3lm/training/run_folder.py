@@ -39,7 +39,9 @@ def check_run_folder(output: Path, options: RunOptions, *, resume: bool, overwri
             f"{output}: cannot be written: nothing can be created in {existing} "
             f"({error.strerror}); give another folder"
         ) from error
-    if output.is_dir() and any(output.iterdir()):
+    # A process that was killed while it began leaves this much.
+    begun = {output / f"{CONFIG_FILE}.part"}
+    if output.is_dir() and set(output.iterdir()) - begun:
         if _saved_options(output) is None:
             raise OutputError(f"{output}: is not empty and holds no run of i3lm; give a new folder")
         if resume:
@@ -88,6 +90,7 @@ _MAY_CHANGE = {
         "keep_checkpoints",
         "gradient_checkpointing",
         "compile",
+        "on_nan",
     )
 }
 
@@ -114,8 +117,8 @@ def prepare_run_folder(
             _tidy(output, newest)
         else:
             _remove_run(output)
-        checkpoints.mkdir(exist_ok=True)
-    write_file(output / CONFIG_FILE, as_yaml(options))
+    write_file(output / CONFIG_FILE, as_yaml(options))  # first: it marks the folder as a run's
+    checkpoints.mkdir(exist_ok=True)
     return newest
 
 

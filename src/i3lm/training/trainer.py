@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +23,15 @@ from i3lm.files import writing
 from i3lm.models.i3 import I3ForCausalLM
 from i3lm.training.checkpoints import (
     CONFIG_FILE,
+    Skippable,
     Stateful,
     load_state,
     publish_checkpoint,
     rotate_checkpoints,
     save_states,
 )
+from i3lm.training.guards import NonFiniteError, find_non_finite
+from i3lm.training.metrics import StepTimer
 from i3lm.training.optimizers import parameter_groups
 
 
@@ -35,6 +41,8 @@ class I3Trainer(Trainer):
     Args:
         held_out: The text that evaluation uses.
         context_length: Tokens per row of the evaluation.
+        precision: ``fp32``, ``bf16`` or ``fp16``, of the evaluation.
+        timer: Takes the time for which the loop waits for data.
         args: transformers' training arguments.
         configuration: The options of the run as YAML, kept with every checkpoint.
         stateful: By name, what else a checkpoint keeps and a resumed run is given back.
@@ -49,6 +57,8 @@ class I3Trainer(Trainer):
         *,
         held_out: TokenizedText,
         context_length: int,
+        precision: str,
+        timer: StepTimer,
         args: TrainingArguments,
         configuration: str = "",
         stateful: Mapping[str, Stateful] | None = None,
@@ -59,7 +69,12 @@ class I3Trainer(Trainer):
         self.stateful: dict[str, Stateful] = {"progress": self, **(stateful or {})}
         self._resumed: dict[str, Any] | None = None
         self._written: Path | None = None
+        self._batches: list[dict[str, Tensor]] = []
+        # Steps whose data were passed over, and the step whose data are the last of those.
+        self.skipped_steps = 0
+        self._skip_to: int | None = None
         self.held_out, self.context_length = held_out, context_length
+        self.precision, self.timer = precision, timer
         # Every row is full, so the mean over a batch is the mean over its tokens.
         self.model_accepts_loss_kwargs = False
 
@@ -99,7 +114,7 @@ class I3Trainer(Trainer):
             self.held_out,
             context_length=self.context_length,
             batch_size=self.args.per_device_eval_batch_size,
-            precision="bf16" if self.args.bf16 else "fp32",
+            precision=self.precision,
         )
         metrics = {
             "eval_loss": evaluation.loss,
@@ -112,17 +127,65 @@ class I3Trainer(Trainer):
         )
         return metrics
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Collects the batches of a step, on the clock."""
+        began = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.timer.waited(time.perf_counter() - began)
+        return batches
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass."""
+        self._batches.append(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the gradients; a step whose norm is not finite is not taken.
+
+        Reading it waits for the device, right after the Trainer itself did to count tokens.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        batches, self._batches = self._batches, []
+        if math.isfinite(grad_norm) or self._scaler_still_adapts():
+            return grad_norm
+        inputs = [self._prepare_inputs(batch) for batch in batches]
+        where = find_non_finite(
+            self.model, inputs, lambda batch: self.compute_loss(self.model, batch)
+        )
+        raise NonFiniteError(self.state.global_step + 1, where)
+
+    def _scaler_still_adapts(self) -> bool:
+        """Whether the loss scaler handles overflows: it leaves such steps out and scales less."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() >= 1
+
+    def skip_data(self, step: int) -> None:
+        """Makes the next call of `train` resume behind the data that came up to a step."""
+        self._skip_to = step + self.skipped_steps
+        self.args.eval_on_start = False
+        self.optimizer = None  # it is made anew, and takes the state of the checkpoint
+
     def state_dict(self) -> dict[str, Any]:
-        """What the Trainer's own state leaves out: the losses since the last line of the log."""
+        """What the Trainer's own state leaves out.
+
+        Losses since the last line of the log, and how much of the data was passed over.
+        """
         losses = self.accelerator.gather(self._tr_loss.reshape(1))
         return {
             "losses_since_log": losses.tolist(),  # one per process
             "last_log_step": self._globalstep_last_logged,
+            "skipped_steps": self.skipped_steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave; it takes effect when the loop has begun."""
         self._resumed = state
+        self.skipped_steps = state["skipped_steps"]
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer, but only the number of steps ends a run: data may be passed over."""
+        _, *values = super().set_initial_training_values(*args, **kwargs)
+        return (sys.maxsize, *values)
 
     def _init_training_state(
         self,
@@ -141,7 +204,24 @@ class I3Trainer(Trainer):
             with _readable(resume_from_checkpoint):
                 for name, stateful in self.stateful.items():
                     stateful.load_state_dict(load_state(Path(resume_from_checkpoint), name))
-        return position
+            self._skip()
+        if self.args.ignore_data_skip:
+            return position
+        epoch, steps = divmod(
+            self.state.global_step + self.skipped_steps, num_update_steps_per_epoch
+        )
+        return epoch, steps * self.args.gradient_accumulation_steps
+
+    def _skip(self) -> None:
+        """Passes over what `skip_data` asked for, from the data position of the checkpoint on."""
+        if self._skip_to is None:
+            return
+        steps = self._skip_to - (self.state.global_step + self.skipped_steps)
+        self.skipped_steps += steps
+        self._skip_to = None
+        for stateful in self.stateful.values():
+            if isinstance(stateful, Skippable):
+                stateful.skip_batches(steps * self.args.gradient_accumulation_steps)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self._resumed is not None:
