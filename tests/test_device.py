@@ -5,6 +5,51 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from i3lm.device import autocast, peak_memory_bytes, resolve_precision
+from i3lm.errors import ConfigurationError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((6, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16")]
+)
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert resolve_precision("auto", torch.device("cuda")) == expected
+
+
+def test_auto_on_a_cpu_is_never_fp16(monkeypatch: pytest.MonkeyPatch):
+    assert resolve_precision("auto", CPU) in ("fp32", "bf16")
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(f"torch.cpu.{probe}", lambda: False)
+    assert resolve_precision("auto", CPU) == "fp32"
+    assert resolve_precision("fp16", CPU) == "fp16"
+    with pytest.raises(ConfigurationError, match="'fp8': use auto, fp32, bf16 or fp16"):
+        resolve_precision("fp8", CPU)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_autocast(precision: str, dtype: torch.dtype):
+    x = torch.ones(2, 2)
+    with autocast(CPU, precision):
+        assert (x @ x).dtype == dtype
+
+
+def test_peak_memory_grows_with_what_is_used():
+    before = peak_memory_bytes(CPU)
+    assert before is not None
+    size = 2 * before
+    block = torch.ones(size, dtype=torch.uint8)
+    after = peak_memory_bytes(CPU)
+    assert after is not None
+    assert len(block) <= after < 2**40
+
 
 PAGES = """
 import resource, torch

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from i3lm.errors import DataError, OutputError
-from i3lm.files import append_line, as_output_error, write_file, write_folder, writing
+from i3lm.files import (
+    append_line,
+    as_output_error,
+    settle_folder,
+    write_file,
+    write_folder,
+    writing,
+)
 
 
 def write_one(part: Path) -> None:
@@ -134,3 +141,19 @@ def test_lines_are_appended(tmp_path: Path):
     assert path.read_text(encoding="utf-8") == "one\nzwei ü\n"
     with pytest.raises(OutputError, match=f"{tmp_path}: cannot be written: .*Is a directory"):
         append_line(tmp_path, "three")
+
+
+@pytest.mark.parametrize("killed_after", ["writing", "moving the old", "moving the new"])
+def test_what_a_killed_process_left_is_settled(tmp_path: Path, killed_after: str):
+    folder, part, old = (tmp_path / name for name in ("best", "best.part", "best.old"))
+    for path, text in ((folder, "old"), (part, "new")):
+        path.mkdir()
+        (path / "file").write_text(text)
+    if killed_after != "writing":
+        folder.rename(old)
+    if killed_after == "moving the new":
+        part.rename(folder)
+    settle_folder(folder)
+    assert list(tmp_path.iterdir()) == [folder]
+    expected = "new" if killed_after == "moving the new" else "old"
+    assert (folder / "file").read_text() == expected

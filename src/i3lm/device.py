@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 
 from i3lm.errors import ConfigurationError
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -57,16 +59,48 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """Gives ``fp32`` or ``bf16``: the named one, or for ``auto`` bf16 where it is fast.
+    """Gives ``fp32``, ``bf16`` or ``fp16``: the named one, or for ``auto`` the fast one.
+
+    That is bf16 where the processor multiplies it in hardware, fp16 on GPUs older than that, and
+    fp32 elsewhere.
 
     Raises:
         ConfigurationError: The name is unknown.
     """
     if name not in PRECISIONS:
-        raise ConfigurationError(f"unknown precision {name!r}: use auto, fp32 or bf16")
-    if name == "auto":
-        return "bf16" if has_fast_bf16(device) else "fp32"
-    return name
+        raise ConfigurationError(f"unknown precision {name!r}: use auto, fp32, bf16 or fp16")
+    if name != "auto":
+        return name
+    if has_fast_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """The context in which matrices are multiplied in a precision, for inference or one step.
+
+    Args:
+        device: Where they are multiplied.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+    """
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory used so far: allocated on a CUDA device, else resident of this process.
+
+    None where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def seed_everything(seed: int) -> None:

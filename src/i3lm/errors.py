@@ -42,3 +42,16 @@ class GenerationError(I3Error, ValueError):
 
 class SessionError(I3Error):
     """A saved conversation that is missing, damaged, or of another model."""
+
+
+class Interrupted(Exception):
+    """Work that a signal ended early, and that was put in safety first.
+
+    Args:
+        number: The signal.
+        message: Where the work stands, and how to go on with it.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number

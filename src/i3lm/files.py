@@ -28,16 +28,54 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         write(temporary)
+        sync_folder(temporary)
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
             folder.rename(previous)
         temporary.rename(folder)
+        sync_entries(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
     except BaseException as error:  # an interrupt, too, must leave nothing half-written
         shutil.rmtree(temporary, ignore_errors=True)
         if previous.exists() and not folder.exists():
             previous.rename(folder)
         raise as_output_error(folder, error) or error from error
+
+
+def settle_folder(folder: Path) -> None:
+    """Ends what a `write_folder` of this folder left open when its process was killed.
+
+    Between its two renames neither the old nor the new content has the folder's name.
+    """
+    temporary = folder.with_name(folder.name + ".part")
+    previous = folder.with_name(folder.name + ".old")
+    if previous.exists() and not folder.exists():
+        previous.rename(folder)
+    for left in (temporary, previous):
+        if left.exists():
+            shutil.rmtree(left)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until a folder and everything in it is on the disk, not only in its cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            sync_entries(path)
+    sync_entries(folder)
+
+
+def sync_entries(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk; Windows has no way to ask for that."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: Path, content: str | bytes) -> None:

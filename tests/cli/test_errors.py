@@ -607,23 +607,51 @@ def test_damaged_checkpoint(
     assert captured.err.startswith(f"i3lm generate: error: {message}")
 
 
-def test_damaged_checkpoint_to_resume_from(
+def test_damaged_checkpoints_to_resume_from(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    for name in ("optimizer.pt", "model.safetensors", "rng_state.pth"):
-        run = tmp_path / name
-        shutil.copytree(tiny_run, run)
-        checkpoint = run / "checkpoints" / "checkpoint-50"
-        shutil.rmtree(run / "checkpoints" / "checkpoint-60")
-        truncate(checkpoint / name)
-        assert main(["train", "--output", str(run), "--resume", *TINY_TRAINING]) == 2
-        last_line = capsys.readouterr().err.splitlines()[-1]
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    checkpoints = run / "checkpoints"
+    for step, name in ((60, "optimizer.pt"), (50, "model.safetensors"), (40, "rng_state.pth")):
+        truncate(checkpoints / f"checkpoint-{step}" / name)
+    assert main(["train", "--output", str(run), "--resume", *TINY_TRAINING]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "checkpoint-" in line]
+    for line, step in zip(lines[:3], (60, 50, 40), strict=True):
         assert re.fullmatch(
-            f"i3lm train: error: {checkpoint}: the checkpoint cannot be resumed from; it is "
-            r"damaged or of another model \(.+\); remove this folder to resume from the one "
-            "before it",
-            last_line,
+            rf"{checkpoints}/checkpoint-{step}: is damaged: [\w.]+ has [\d,]+ bytes instead of "
+            r"[\d,]+; going back to the checkpoint before it",
+            line,
         )
+    assert lines[3:] == [f"resuming from {checkpoints}/checkpoint-30"]
+    weights = [(f / "last" / "model.safetensors").read_bytes() for f in (run, tiny_run)]
+    assert weights[0] == weights[1]
+
+    for path in checkpoints.iterdir():
+        truncate(path / "optimizer.pt")
+    assert main(["train", "--output", str(run), "--resume", *TINY_TRAINING]) == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        rf"i3lm train: error: {checkpoints}/checkpoint-10: is damaged: optimizer.pt has .*; no "
+        "checkpoint before it is left: begin again with --overwrite",
+        last_line,
+    )
+
+
+def test_checkpoint_of_another_model_to_resume_from(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = tmp_path / "other"
+    wider = ["--model.config.hidden_size", "8", "--training.max_steps", "1"]
+    assert main(["train", "--output", str(other), *TINY_TRAINING, *wider]) == 0
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    checkpoint = run / "checkpoints" / "checkpoint-70"
+    shutil.copytree(other / "checkpoints" / "checkpoint-1", checkpoint)
+    assert main(["train", "--output", str(run), "--resume", *TINY_TRAINING]) == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith(f"i3lm train: error: {checkpoint}: is of another model, or of ")
+    assert "size mismatch for model.embed_tokens.weight" in last_line
 
 
 def test_figures_of_the_best_model_that_cannot_be_read(

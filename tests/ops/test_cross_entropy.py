@@ -165,3 +165,19 @@ def test_what_does_not_fit_is_named(shapes, label: int, message: str):
     tensors = [torch.zeros(shape) for shape in shapes]
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(*tensors, torch.full((2,), label))
+
+
+def test_small_shares_do_not_underflow_in_float16():
+    """A share of 1/N of a probability below 1e-4 is less than float16's smallest number."""
+    N, C, V = 8192, 8, 512
+    (hidden, weight), labels = draw(N, C, V, has_bias=False)
+    grads = []
+    for dtype, is_narrow in ((torch.float64, False), (torch.float32, True)):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        with torch.autocast("cpu", torch.float16, enabled=is_narrow):
+            loss = loss_of(leaves, labels)
+        grads.append([grad.double() for grad in torch.autograd.grad(loss, leaves)])
+    for exact, found in zip(*grads, strict=True):
+        # Numbers with 11 bits; a row is a position's gradient, or a token's over all positions.
+        error = (found - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-30)
+        assert error.max() < 0.01

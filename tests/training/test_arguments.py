@@ -66,11 +66,10 @@ def test_a_named_gpu_keeps_its_number_and_becomes_the_current_one(two_gpus: list
 
 def test_how_to_compute():
     plain = TrainingOptions()
-    asked = TrainingOptions(gradient_checkpointing=True, compile=True)
+    asked = TrainingOptions(compile=True)
     for options, expected in ((plain, False), (asked, True)):
         made = training_arguments(
             Path("run"), options, precision="fp32", device=torch.device("cpu"), rows=9,
             resumed=False,
         )  # fmt: skip
-        assert made.gradient_checkpointing is expected
         assert made.torch_compile is expected

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from transformers import TrainerState
 
 from i3lm.training.metrics import MetricsFile, PerplexityTracker, StepTimer
 
@@ -40,12 +41,53 @@ def test_step_timer(monkeypatch: pytest.MonkeyPatch):
     assert timer.tokens_per_second == 256
 
 
-def test_resumed_file_drops_later_lines(tmp_path: Path):
+def test_waiting_for_data_is_counted_beside_the_steps(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([10.0, 10.5, 100.0, 100.25])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    timer = StepTimer(tokens_per_step=1)
+    assert math.isnan(timer.data_wait_fraction)
+    for seconds in (0.2, 0.05):
+        timer.waited(seconds)
+        timer.begin()
+        timer.end()
+    assert timer.data_wait_fraction == pytest.approx(0.25)
+
+
+def begin(callback: MetricsFile, step: int) -> None:
+    callback.on_train_begin(None, TrainerState(global_step=step), None)
+
+
+def test_a_run_that_goes_back_drops_later_lines(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 3.0 - step}) for step in (0, 1, 2)]
     path.write_text("\n".join([*lines, '{"step": 3, "lo']))
-    resumed = MetricsFile(path, StepTimer(1), resume_step=1)
+    resumed = MetricsFile(path, StepTimer(1))
+    begin(resumed, step=1)
     assert path.read_text() == "\n".join(lines[:2]) + "\n"
     assert resumed.tracker.best == 2.0
-    MetricsFile(path, StepTimer(1))
+    begin(resumed, step=0)
     assert path.read_text() == ""
+    assert resumed.tracker.best == math.inf
+
+
+def test_what_a_line_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = iter([10.0, 10.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    path = tmp_path / "metrics.jsonl"
+    timer = StepTimer(tokens_per_step=64)
+    callback = MetricsFile(path, timer, memory=lambda: 4096, utilization=0.001)
+    state = TrainerState(global_step=1, num_input_tokens_seen=64)
+    timer.waited(0.5)
+    callback.on_step_begin(None, state, None)
+    callback.on_step_end(None, state, None)
+    logs = {"loss": 1.0, "grad_norm": math.inf, "learning_rate": 0.1}
+    callback.on_log(None, state, None, logs)
+    record = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert record == {
+        "step": 1, "loss": 1.0, "grad_norm": None, "learning_rate": 0.1, "loss_smoothed": 1.0,
+        "perplexity_current": math.e, "perplexity_smoothed": math.e,
+        "perplexity_windowed": math.e, "perplexity_best": math.e,
+        "tokens": 64, "tokens_per_second": 128.0, "step_seconds": 0.5,
+        "data_wait_fraction": 0.5, "memory_bytes": 4096, "mfu": 0.128,
+    }  # fmt: skip
+    assert logs["mfu"] == 0.128  # what comes after sees it too

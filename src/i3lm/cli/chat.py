@@ -42,7 +42,7 @@ def chat(
         top_p: Draw among the likeliest tokens that together have this probability.
         seed: Seed of the first turn's draws; each turn adds one.
         device: cpu, cuda, mps, or auto for the fastest there is.
-        precision: fp32, bf16 or auto.
+        precision: fp32, bf16, fp16 or auto.
     """
     import io
     import sys

@@ -75,14 +75,12 @@ def _speed() -> dict[str, float]:
     """Measured ceilings: matrix products in GFLOP/s, copying in GB/s."""
     import torch
 
-    from i3lm.ops import linear
+    from i3lm.ops.speed import measure_matmul_flops
 
-    size = 1024
     figures = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-        seconds = _median_seconds(lambda a=a, b=b: linear(a, b))
-        figures[f"matmul_{name}_gflops"] = round(2 * size**3 / seconds / 1e9, 1)
+        flops = measure_matmul_flops(torch.device("cpu"), dtype)
+        figures[f"matmul_{name}_gflops"] = round(flops / 1e9, 1)
     source = torch.randn(2**26)  # 256 MiB, beyond any cache
     target = torch.empty_like(source)
     seconds = _median_seconds(lambda: target.copy_(source))

@@ -39,7 +39,7 @@ def evaluate(
         batch_size: Rows per forward pass; it does not change the result.
         device: cpu, cuda (or one GPU by its number, such as cuda:1), mps, or auto for the fastest
             there is.
-        precision: fp32, bf16 or auto.
+        precision: fp32, bf16, fp16 or auto.
         json: Print the figures as one JSON object.
     """
     from i3lm.cli.running import print_json

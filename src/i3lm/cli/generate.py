@@ -34,7 +34,7 @@ def generate(
             it has none), and prompts must fit.
         device: cpu, cuda (or one GPU by its number, such as cuda:1), mps, or auto for the fastest
             there is.
-        precision: fp32, bf16 or auto.
+        precision: fp32, bf16, fp16 or auto.
         json: Print prompt, text, counts and time as one JSON object.
     """
     from i3lm.cli.running import print_json

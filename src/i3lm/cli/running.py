@@ -12,15 +12,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from i3lm.errors import I3Error
+from i3lm.errors import I3Error, Interrupted
 
 
 def run_command(name: str, function: Callable[..., Any], arguments: list[str]) -> int:
     """Reads the arguments for a function, calls it, and turns problems into one line.
 
     Returns:
-        What the function gives, 0 for None; 2 for a problem that the user can mend, 130 after an
-        interrupt.
+        What the function gives, 0 for None; 2 for a problem that the user can mend; after a
+        signal 128 and its number, as shells have it: 130 for an interrupt.
     """
     debug = "--debug" in arguments
     try:
@@ -36,6 +36,9 @@ def run_command(name: str, function: Callable[..., Any], arguments: list[str]) -
         return _fail(name, f"{error}; --debug shows where", debug)
     except SystemExit as stop:  # how the parser ends after --help
         return int(stop.code or 0)
+    except Interrupted as stop:
+        print(f"i3lm {name}: {stop}", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print(f"i3lm {name}: interrupted", file=sys.stderr)
         return 130

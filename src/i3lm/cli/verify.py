@@ -19,7 +19,7 @@ def verify(
     Args:
         checkpoint: A checkpoint folder, or the output folder of a run (its best model).
         device: cpu, cuda, mps, or auto for the fastest there is.
-        precision: fp32, bf16 or auto.
+        precision: fp32, bf16, fp16 or auto.
         json: Print everything as one JSON object.
     """
     import dataclasses

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from i3lm.data.tokens import TokenizedText
+from i3lm.device import autocast
 from i3lm.errors import DataError
 from i3lm.models.i3 import I3ForCausalLM
 
@@ -70,7 +70,7 @@ def evaluate_text(
         text: The text, tokenized with the model's tokenizer.
         context_length: Tokens per row, at most what the model has positions for.
         batch_size: Rows per forward pass; it does not change the result.
-        precision: ``fp32`` or ``bf16`` (autocast).
+        precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
 
     Raises:
         DataError: The text has fewer than two tokens.
@@ -81,16 +81,13 @@ def evaluate_text(
             "evaluate on: give at least one document, two tokens with its separator"
         )
     device = next(model.parameters()).device
-    autocast = (
-        torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-    )
     in_pieces = isinstance(model, I3ForCausalLM)
     was_training = model.training
     model.eval()
     nats, count = 0.0, 0
     try:
         for inputs, labels in _batches(text.tokens, context_length, batch_size):
-            with autocast:
+            with autocast(device, precision):
                 mean = next_token_loss(
                     model, inputs.to(device), labels.to(device), in_pieces=in_pieces
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from i3lm.device import autocast
 from i3lm.errors import GenerationError
 from i3lm.models.i3 import I3Config
 from i3lm.models.i3.generation_i3 import CONTEXT_OVERFLOWS, check_context, count_visible
@@ -125,7 +126,7 @@ class TextGenerator:
     Args:
         model: A causal language model on its device.
         tokenizer: The tokenizer it was trained with.
-        precision: ``fp32`` or ``bf16`` (autocast).
+        precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
     """
 
     def __init__(
@@ -287,9 +288,7 @@ class TextGenerator:
                 return
 
     def _autocast(self) -> AbstractContextManager:
-        if self.precision != "bf16":
-            return nullcontext()
-        return torch.autocast(self.model.device.type, torch.bfloat16)
+        return autocast(self.model.device, self.precision)
 
     def _context_limit(self) -> int | None:
         """The most tokens that have a position, or None where positions do not end."""

@@ -66,7 +66,7 @@ def make_generator(
     Args:
         model: The model; in bf16 on a CPU, `hold_weights_in_bf16` changes it.
         tokenizer: Its tokenizer.
-        precision: ``fp32`` or ``bf16``.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
     """
     if precision == "bf16" and model.device.type == "cpu" and isinstance(model, I3ForCausalLM):
         return TextGenerator(hold_weights_in_bf16(model), tokenizer)

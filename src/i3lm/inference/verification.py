@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from i3lm.device import autocast
 from i3lm.errors import OutputError
 from i3lm.inference.quantization import is_quantized
 from i3lm.inference.sessions import cache_states
@@ -27,7 +28,7 @@ from i3lm.ops.self_check import RECURRENCES
 # Sums in another order differ by the rounding of the type, 6e-8 or 4e-3 of a term; through the
 # layers that grows to some 1e-6 or 1e-2 of the largest logit. A state that is lost, doubled or
 # mixed up shows as 1e-1 or more in random or trained models.
-TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2}
+TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}
 
 _LENGTH, _ROWS = 48, 3
 _OP_OF = {"rwkv4": "wkv", "state_space": "state_space"}
@@ -61,7 +62,7 @@ def verify_model(model: PreTrainedModel, precision: str = "fp32") -> Iterator[Ch
 
     Args:
         model: A causal language model on its device, in evaluation mode.
-        precision: ``fp32`` or ``bf16`` (autocast).
+        precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
 
     Raises:
         OutputError: The copy of the model that one comparison reads back cannot be written.
@@ -122,10 +123,8 @@ class _Bench:
         with self._autocast():
             return self.model(input_ids=ids, **options)
 
-    def _autocast(self) -> Any:
-        if self.precision == "bf16":
-            return torch.autocast(self.ids.device.type, torch.bfloat16)
-        return nullcontext()
+    def _autocast(self) -> AbstractContextManager[None]:
+        return autocast(self.ids.device, self.precision)
 
     def batch(self) -> float:
         """Rows together against each row alone."""

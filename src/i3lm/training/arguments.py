@@ -59,7 +59,7 @@ def training_arguments(
     Args:
         output: The folder of the run.
         training: How to train.
-        precision: ``fp32`` or ``bf16``.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
         device: Where to train.
         rows: Number of rows that there are to train on.
         resumed: Whether the run goes on from a checkpoint.
@@ -80,9 +80,9 @@ def training_arguments(
         adam_beta1=training.adam_beta1,
         adam_beta2=training.adam_beta2,
         max_grad_norm=training.max_grad_norm,
-        activation_checkpointing=training.gradient_checkpointing,
         torch_compile=training.compile,
         bf16=precision == "bf16",
+        fp16=precision == "fp16",
         use_cpu=device.type == "cpu",
         seed=training.seed,
         data_seed=training.seed,

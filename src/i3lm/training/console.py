@@ -40,7 +40,9 @@ class RunConsole(TrainerCallback):
         self.loss = float("nan")
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Shows the bar."""
+        """Shows the bar, from the step at which the training begins."""
+        for task in self.bar.task_ids:
+            self.bar.remove_task(task)
         self.task = self.bar.add_task(
             "training", total=state.max_steps, completed=state.global_step, loss="-", speed="-"
         )
@@ -98,7 +100,6 @@ class SampleWriter(TrainerCallback):
         prompt: The text to continue.
         options: How to draw.
         every: Steps between samples; 0 means never.
-        resume_step: The step that the run resumes from; later samples are dropped from the file.
     """
 
     def __init__(
@@ -109,12 +110,14 @@ class SampleWriter(TrainerCallback):
         prompt: str,
         options: SamplingOptions,
         every: int,
-        resume_step: int = 0,
     ) -> None:
         self.console, self.path, self.generator = console, path, generator
         self.prompt, self.options, self.every = prompt, options, every
-        if path.exists():
-            write_records(path, read_records(path, resume_step))
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Drops samples of steps after the one at which the training begins."""
+        if self.path.exists():
+            write_records(self.path, read_records(self.path, state.global_step))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Writes a sample where one is due."""

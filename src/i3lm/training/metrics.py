@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,20 @@ def _exp(loss: float) -> float:
 
 
 class StepTimer:
-    """Time per optimizer step over a recent window, evaluation and saving left out."""
+    """Time per optimizer step over a recent window, evaluation and saving left out.
+
+    A step begins with its first batch at hand; waiting for data is counted beside it.
+    """
 
     def __init__(self, tokens_per_step: int, window: int = 20) -> None:
         self.tokens_per_step = tokens_per_step
         self._ends: deque[float] = deque(maxlen=window)
+        self._waits: deque[float] = deque(maxlen=window)
         self._begin = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Notes for how long a step waited for its batches."""
+        self._waits.append(seconds)
 
     def begin(self) -> None:
         """Notes that a step begins."""
@@ -76,26 +85,45 @@ class StepTimer:
         """Training tokens per second over the window."""
         return self.tokens_per_step / self.step_seconds if self._ends else math.nan
 
+    @property
+    def data_wait_fraction(self) -> float:
+        """Share of the time, of waiting and steps together, that went into waiting for data."""
+        waited = sum(self._waits)
+        return waited / (waited + sum(self._ends)) if self._ends else math.nan
+
 
 class MetricsFile(TrainerCallback):
     """Keeps every logged figure as one JSON object a line.
 
     A resumed run first drops the lines after the checkpoint it resumes from, so that a step
-    never stands there twice.
+    never stands there twice. The callbacks after this one see its figures in the log as well.
 
     Args:
         path: The file.
-        timer: Where tokens per second come from.
-        resume_step: The step that the run resumes from; 0 for a new run.
+        timer: Where times come from.
+        memory: Gives the most memory used so far, in bytes, or None where that is not known.
+        utilization: Model FLOPs utilisation per token a second: what a token costs over what
+            the device can do; None where either is not known.
     """
 
-    def __init__(self, path: Path, timer: StepTimer, resume_step: int = 0) -> None:
-        self.path, self.timer, self.tracker = path, timer, PerplexityTracker()
-        records = read_records(path, resume_step) if resume_step else []
+    def __init__(
+        self,
+        path: Path,
+        timer: StepTimer,
+        memory: Callable[[], int | None] = lambda: None,
+        utilization: float | None = None,
+    ) -> None:
+        self.path, self.timer, self.memory, self.utilization = path, timer, memory, utilization
+        self.tracker = PerplexityTracker()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Goes back to the step at which the training begins."""
+        self.tracker = PerplexityTracker()
+        records = read_records(self.path, state.global_step) if state.global_step else []
         for record in records:
             if "loss" in record:
                 self.tracker.update(record["loss"])
-        write_records(path, records)
+        write_records(self.path, records)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Starts the clock."""
@@ -119,8 +147,10 @@ class MetricsFile(TrainerCallback):
             ConfigurationError: The loss is no longer a number.
             OutputError: The file cannot be written.
         """
-        logs = dict(logs or {})
-        logs.pop("num_input_tokens_seen", None)
+        logs = {} if logs is None else logs
+        # Its own counts and times are of this process alone, evaluation and saving included.
+        for name in ("num_input_tokens_seen", "train_runtime", "train_tokens_per_second"):
+            logs.pop(name, None)
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise ConfigurationError(
@@ -129,9 +159,30 @@ class MetricsFile(TrainerCallback):
                     f"{args.learning_rate:g}"
                 )
             logs |= self.tracker.update(logs["loss"])
-            logs["tokens"] = int(state.num_input_tokens_seen)
-            logs["tokens_per_second"] = round(self.timer.tokens_per_second, 1)
-            logs["step_seconds"] = round(self.timer.step_seconds, 5)
+            logs |= self._speed(state)
         elif "eval_loss" not in logs:
             return  # the Trainer's own closing summary
-        append_line(self.path, json.dumps({"step": state.global_step, **logs}))
+        append_line(self.path, json.dumps({"step": state.global_step, **_plain(logs)}))
+
+    def _speed(self, state: TrainerState) -> dict[str, Any]:
+        """How fast it goes, and what it takes."""
+        timer = self.timer
+        figures: dict[str, Any] = {
+            "tokens": int(state.num_input_tokens_seen),
+            "tokens_per_second": round(timer.tokens_per_second, 1),
+            "step_seconds": round(timer.step_seconds, 5),
+            "data_wait_fraction": round(timer.data_wait_fraction, 4),
+        }
+        if (memory := self.memory()) is not None:
+            figures["memory_bytes"] = memory
+        if self.utilization is not None:
+            figures["mfu"] = round(timer.tokens_per_second * self.utilization, 4)
+        return figures
+
+
+def _plain(logs: dict[str, Any]) -> dict[str, Any]:
+    """The figures as JSON knows them: null for what is not finite."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in logs.items()
+    }

@@ -94,15 +94,20 @@ class TrainingOptions:
         adam_beta1: AdamW's decay of the mean gradient.
         adam_beta2: AdamW's decay of the mean squared gradient.
         max_grad_norm: Gradients are scaled down to this norm; 0 turns it off.
-        precision: fp32, bf16, or auto for bf16 where the processor multiplies it in hardware.
+        precision: fp32, bf16, fp16 (with loss scaling, on a CUDA GPU), or auto for bf16 where the
+            processor multiplies it in hardware, fp16 on GPUs that do not, and fp32 elsewhere.
         device: cpu, cuda (or one GPU by its number, such as cuda:1), mps, or auto for the fastest
             there is.
         strict_kernels: Refuse to train where a recurrence has no compiled kernel, instead of
             running its slower form.
         gradient_checkpointing: Keep only what enters each layer, and compute the rest again for
-            the gradients: much less memory, about a third more time.
+            the gradients: much less memory, about a third more time. true for all layers;
+            attention or recurrent for the layers of that kind (a hybrid layer is of both).
         compile: Compile the model with torch.compile; the first step then takes a minute or
             more. On a CPU it needs a C++ compiler.
+        on_nan: What to do when a gradient is not finite: stop names the step and the layer;
+            restore goes back to the newest checkpoint, passes over the data that led there, and
+            goes on, three times at most. The rate is not changed.
         seed: Seed of weights, order of rows, and draws.
         log_every: Steps between lines of the metrics file.
         evaluate_every: Steps between evaluations on the held-out text.
@@ -125,8 +130,9 @@ class TrainingOptions:
     precision: str = "auto"
     device: str = "auto"
     strict_kernels: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False
     compile: bool = False
+    on_nan: str = "stop"
     seed: int = 0
     log_every: int = 10
     evaluate_every: int = 100
@@ -146,6 +152,11 @@ class TrainingOptions:
         _require((
             *((f"training.{name}", getattr(self, name), getattr(self, name) >= 1,
                "must be at least 1") for name in counts),
+            ("training.gradient_checkpointing", self.gradient_checkpointing,
+             self.gradient_checkpointing in (True, False, "attention", "recurrent"),
+             "must be true, false, attention or recurrent"),
+            ("training.on_nan", self.on_nan, self.on_nan in ("stop", "restore"),
+             "must be stop or restore"),
             ("training.max_steps", self.max_steps, self.max_steps is None or self.max_steps >= 1,
              "must be at least 1"),
             ("training.epochs", self.epochs, self.epochs is None or self.epochs > 0,

@@ -7,21 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from transformers import TrainerCallback, default_data_collator
+from transformers import PreTrainedModel, TrainerCallback, default_data_collator
 
 from i3lm.data.tokens import ContiguousRows
 from i3lm.device import (
     keep_freed_memory,
+    peak_memory_bytes,
     resolve_device,
     resolve_precision,
     seed_everything,
 )
-from i3lm.errors import CheckpointError, ConfigurationError, GenerationError, KernelError
+from i3lm.errors import CheckpointError, ConfigurationError, GenerationError
 from i3lm.files import write_folder
 from i3lm.inference import SamplingOptions, TextGenerator
 from i3lm.inference.loading import check_room, choose_context_length
+from i3lm.models.flops import training_flops_per_token
+from i3lm.models.i3 import I3ForCausalLM
 from i3lm.models.model_card import write_model_card
+from i3lm.ops.speed import measure_matmul_flops
 from i3lm.training.arguments import training_arguments
 from i3lm.training.build import (
     choose_kernels,
@@ -32,9 +37,12 @@ from i3lm.training.build import (
 )
 from i3lm.training.checkpoints import EVALUATION_FILE, METRICS_FILE, SAMPLES_FILE
 from i3lm.training.console import RunConsole, SampleWriter
+from i3lm.training.gradient_checkpointing import checkpoint_gradients
+from i3lm.training.guards import SpectralRadiusWatch
+from i3lm.training.loop import train_guarded
 from i3lm.training.metrics import MetricsFile, StepTimer
 from i3lm.training.options import RunOptions
-from i3lm.training.run_folder import check_run_folder, checkpoint_step, prepare_run_folder
+from i3lm.training.run_folder import as_yaml, check_run_folder, prepare_run_folder
 from i3lm.training.trainer import I3Trainer
 
 
@@ -78,7 +86,7 @@ def run_training(
     check_run_folder(output, options, resume=resume, overwrite=overwrite)
     training = options.training
     device = resolve_device(training.device)
-    precision = resolve_precision(training.precision, device)
+    precision = _trainable_precision(training.precision, device)
     draws = _draws(options)
 
     start = resolve_start(options.model)
@@ -92,11 +100,7 @@ def run_training(
     generator = TextGenerator(model, tokenizer, precision)
     for prompt in options.sample.prompts:
         check_room(model, len(generator.encode_prompt(prompt)), options.sample.max_new_tokens)
-    if training.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        raise ConfigurationError(
-            f"training.gradient_checkpointing: a model of type {model.config.model_type} does not "
-            "support it; leave it out"
-        )
+    checkpoint_gradients(model, training.gradient_checkpointing)
     kernels = choose_kernels(model, device, strict=training.strict_kernels)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
@@ -110,8 +114,10 @@ def run_training(
         markup=False,
     )
 
-    checkpoint = prepare_run_folder(output, options, resume=resume)
-    step = checkpoint_step(checkpoint) if checkpoint else 0
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    checkpoint = prepare_run_folder(output, options, resume=resume, report=say)
     batch = min(training.batch_size, len(rows)) * training.gradient_accumulation_steps
     timer = StepTimer(batch * context)
     progress = RunConsole(console, timer)
@@ -124,7 +130,13 @@ def run_training(
         (folder / EVALUATION_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     callbacks = [
-        MetricsFile(output / METRICS_FILE, timer, resume_step=step),
+        SpectralRadiusWatch(say),
+        MetricsFile(
+            output / METRICS_FILE,
+            timer,
+            memory=lambda: peak_memory_bytes(device),
+            utilization=_utilization(model, context, device, precision),
+        ),
         BestKeeper(output / "best", save),
         progress,
     ]
@@ -137,7 +149,6 @@ def run_training(
                 options.sample.prompts[0],
                 draws,
                 options.sample.every,
-                resume_step=step,
             )
         )
     seed_everything(training.seed)
@@ -151,22 +162,23 @@ def run_training(
         train_dataset=rows,
         held_out=texts.held_out,
         context_length=context,
+        precision=precision,
+        timer=timer,
         data_collator=default_data_collator,
         callbacks=callbacks,
+        configuration=as_yaml(options),
     )
     _silence_stock_console(trainer)
     if checkpoint is not None:
-        console.print(f"resuming from {checkpoint}", highlight=False, markup=False, soft_wrap=True)
+        say(f"resuming from {checkpoint}")
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except Exception as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = " ".join(str(error).split())[:200]
-            raise KernelError(
-                f"training.compile: torch.compile failed ({reason}); leave it out, or give it the "
-                "C++ compiler that it needs on a CPU"
-            ) from error
-        raise
+        train_guarded(
+            trainer,
+            checkpoint,
+            restore=training.on_nan == "restore",
+            metrics=output / METRICS_FILE,
+            report=say,
+        )
     finally:
         progress.close()
     steps = trainer.state.global_step
@@ -186,6 +198,27 @@ def run_training(
         after=_figures(after),
         samples=samples,
     )
+
+
+def _trainable_precision(name: str, device: torch.device) -> str:
+    precision = resolve_precision(name, device)
+    if precision == "fp16" and device.type != "cuda":
+        raise ConfigurationError(
+            f"training.precision (fp16): its loss scaling needs a CUDA GPU, and the device is "
+            f"{device}: use bf16, fp32 or auto"
+        )
+    return precision
+
+
+def _utilization(
+    model: PreTrainedModel, context_length: int, device: torch.device, precision: str
+) -> float | None:
+    """The share of what the device can multiply that one token a second takes; None for peers."""
+    if not isinstance(model, I3ForCausalLM):
+        return None
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    needed = training_flops_per_token(model.config, context_length)
+    return needed / measure_matmul_flops(device, dtype)
 
 
 def _draws(options: RunOptions) -> SamplingOptions:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from i3lm.errors import ConfigurationError, OutputError
-from i3lm.files import write_file, writing
+from i3lm.files import settle_folder, write_file, writing
 from i3lm.training.checkpoints import (
     CONFIG_FILE,
     METRICS_FILE,
     SAMPLES_FILE,
+    checkpoint_step,
     latest_checkpoint,
+    list_checkpoints,
 )
 from i3lm.training.options import RunOptions
 
@@ -36,7 +39,9 @@ def check_run_folder(output: Path, options: RunOptions, *, resume: bool, overwri
             f"{output}: cannot be written: nothing can be created in {existing} "
             f"({error.strerror}); give another folder"
         ) from error
-    if output.is_dir() and any(output.iterdir()):
+    # A process that was killed while it began leaves this much.
+    begun = {output / f"{CONFIG_FILE}.part"}
+    if output.is_dir() and set(output.iterdir()) - begun:
         if _saved_options(output) is None:
             raise OutputError(f"{output}: is not empty and holds no run of i3lm; give a new folder")
         if resume:
@@ -85,26 +90,55 @@ _MAY_CHANGE = {
         "keep_checkpoints",
         "gradient_checkpointing",
         "compile",
+        "on_nan",
     )
 }
 
 
-def prepare_run_folder(output: Path, options: RunOptions, *, resume: bool) -> Path | None:
-    """Makes the run's folder and gives the checkpoint to resume from, if any."""
+def prepare_run_folder(
+    output: Path, options: RunOptions, *, resume: bool, report: Callable[[str], None]
+) -> Path | None:
+    """Makes the run's folder and gives the checkpoint to resume from, if any.
+
+    Args:
+        output: The folder.
+        options: What is written into it as ``config.yaml``.
+        resume: Whether to go on with the run that it holds.
+        report: Takes one line for every damaged checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: There are checkpoints to resume from, and all of them are damaged.
+    """
     checkpoints = output / "checkpoints"
-    newest = latest_checkpoint(checkpoints) if resume else None
+    newest = latest_checkpoint(checkpoints, report) if resume else None
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        if not resume:
+        if resume:
+            _tidy(output, newest)
+        else:
             _remove_run(output)
-        checkpoints.mkdir(exist_ok=True)
-        # Checkpoints beyond the newest complete one were cut short, and would count as kept ones.
-        for path in checkpoints.glob("checkpoint-[0-9]*"):
-            if newest is None or checkpoint_step(path) > checkpoint_step(newest):
-                shutil.rmtree(path)
-    text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False, allow_unicode=True)
-    write_file(output / CONFIG_FILE, text)
+    write_file(output / CONFIG_FILE, as_yaml(options))  # first: it marks the folder as a run's
+    checkpoints.mkdir(exist_ok=True)
     return newest
+
+
+def _tidy(output: Path, newest: Path | None) -> None:
+    """Ends what a killed process left half done, and removes what comes after a checkpoint."""
+    for name in ("best", "last"):
+        settle_folder(output / name)
+    folder = output / "checkpoints"
+    left = [*folder.glob("*.part"), *folder.glob("*.old")]
+    # The damaged ones, which would count among those that are kept.
+    for path in list_checkpoints(folder):
+        if newest is None or checkpoint_step(path) > checkpoint_step(newest):
+            left.append(path)
+    for path in left:
+        shutil.rmtree(path)
+
+
+def as_yaml(options: RunOptions) -> str:
+    """The options as the text of ``config.yaml``."""
+    return yaml.safe_dump(dataclasses.asdict(options), sort_keys=False, allow_unicode=True)
 
 
 def _remove_run(output: Path) -> None:
@@ -115,8 +149,3 @@ def _remove_run(output: Path) -> None:
                 shutil.rmtree(folder)
     for name in (CONFIG_FILE, METRICS_FILE, SAMPLES_FILE):
         (output / name).unlink(missing_ok=True)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The step at which a ``checkpoint-N`` folder was saved."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))

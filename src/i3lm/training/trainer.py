@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,17 @@ from i3lm.errors import CheckpointError
 from i3lm.evaluation import Evaluation, evaluate_text, next_token_loss
 from i3lm.files import writing
 from i3lm.models.i3 import I3ForCausalLM
+from i3lm.training.checkpoints import (
+    CONFIG_FILE,
+    Skippable,
+    Stateful,
+    load_state,
+    publish_checkpoint,
+    rotate_checkpoints,
+    save_states,
+)
+from i3lm.training.guards import NonFiniteError, find_non_finite
+from i3lm.training.metrics import StepTimer
 from i3lm.training.optimizers import parameter_groups
 
 
@@ -26,7 +41,11 @@ class I3Trainer(Trainer):
     Args:
         held_out: The text that evaluation uses.
         context_length: Tokens per row of the evaluation.
+        precision: ``fp32``, ``bf16`` or ``fp16``, of the evaluation.
+        timer: Takes the time for which the loop waits for data.
         args: transformers' training arguments.
+        configuration: The options of the run as YAML, kept with every checkpoint.
+        stateful: By name, what else a checkpoint keeps and a resumed run is given back.
         kwargs: Everything else that `Trainer` takes.
     """
 
@@ -38,11 +57,24 @@ class I3Trainer(Trainer):
         *,
         held_out: TokenizedText,
         context_length: int,
+        precision: str,
+        timer: StepTimer,
         args: TrainingArguments,
+        configuration: str = "",
+        stateful: Mapping[str, Stateful] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(args=args, eval_dataset=held_out, **kwargs)
+        self.configuration = configuration
+        self.stateful: dict[str, Stateful] = {"progress": self, **(stateful or {})}
+        self._resumed: dict[str, Any] | None = None
+        self._written: Path | None = None
+        self._batches: list[dict[str, Tensor]] = []
+        # Steps whose data were passed over, and the step whose data are the last of those.
+        self.skipped_steps = 0
+        self._skip_to: int | None = None
         self.held_out, self.context_length = held_out, context_length
+        self.precision, self.timer = precision, timer
         # Every row is full, so the mean over a batch is the mean over its tokens.
         self.model_accepts_loss_kwargs = False
 
@@ -82,7 +114,7 @@ class I3Trainer(Trainer):
             self.held_out,
             context_length=self.context_length,
             batch_size=self.args.per_device_eval_batch_size,
-            precision="bf16" if self.args.bf16 else "fp32",
+            precision=self.precision,
         )
         metrics = {
             "eval_loss": evaluation.loss,
@@ -95,36 +127,184 @@ class I3Trainer(Trainer):
         )
         return metrics
 
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        position = super()._init_training_state(max_steps, *args, **kwargs)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Collects the batches of a step, on the clock."""
+        began = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.timer.waited(time.perf_counter() - began)
+        return batches
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass."""
+        self._batches.append(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the gradients; a step whose norm is not finite is not taken.
+
+        Reading it waits for the device, right after the Trainer itself did to count tokens.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        batches, self._batches = self._batches, []
+        if math.isfinite(grad_norm) or self._scaler_still_adapts():
+            return grad_norm
+        inputs = [self._prepare_inputs(batch) for batch in batches]
+        where = find_non_finite(
+            self.model, inputs, lambda batch: self.compute_loss(self.model, batch)
+        )
+        raise NonFiniteError(self.state.global_step + 1, where)
+
+    def _scaler_still_adapts(self) -> bool:
+        """Whether the loss scaler handles overflows: it leaves such steps out and scales less."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() >= 1
+
+    def skip_data(self, step: int) -> None:
+        """Makes the next call of `train` resume behind the data that came up to a step."""
+        self._skip_to = step + self.skipped_steps
+        self.args.eval_on_start = False
+        self.optimizer = None  # it is made anew, and takes the state of the checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the Trainer's own state leaves out.
+
+        Losses since the last line of the log, and how much of the data was passed over.
+        """
+        losses = self.accelerator.gather(self._tr_loss.reshape(1))
+        return {
+            "losses_since_log": losses.tolist(),  # one per process
+            "last_log_step": self._globalstep_last_logged,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave; it takes effect when the loop has begun."""
+        self._resumed = state
+        self.skipped_steps = state["skipped_steps"]
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer, but only the number of steps ends a run: data may be passed over."""
+        _, *values = super().set_initial_training_values(*args, **kwargs)
+        return (sys.maxsize, *values)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         # A resumed state brings its old intervals; those of the arguments count.
         self.state.compute_steps(self.args, max_steps)
-        return position
+        if resume_from_checkpoint is not None:
+            with _readable(resume_from_checkpoint):
+                for name, stateful in self.stateful.items():
+                    stateful.load_state_dict(load_state(Path(resume_from_checkpoint), name))
+            self._skip()
+        if self.args.ignore_data_skip:
+            return position
+        epoch, steps = divmod(
+            self.state.global_step + self.skipped_steps, num_update_steps_per_epoch
+        )
+        return epoch, steps * self.args.gradient_accumulation_steps
+
+    def _skip(self) -> None:
+        """Passes over what `skip_data` asked for, from the data position of the checkpoint on."""
+        if self._skip_to is None:
+            return
+        steps = self._skip_to - (self.state.global_step + self.skipped_steps)
+        self.skipped_steps += steps
+        self._skip_to = None
+        for stateful in self.stateful.values():
+            if isinstance(stateful, Skippable):
+                stateful.skip_batches(steps * self.args.gradient_accumulation_steps)
 
     def _run_epoch(self, **kwargs: Any) -> None:
+        if self._resumed is not None:
+            losses = self._resumed["losses_since_log"]
+            same = len(losses) == self.args.world_size
+            self._tr_loss += losses[self.args.process_index] if same else sum(losses) / len(losses)
+            self._globalstep_last_logged = self._resumed["last_log_step"]
+            self._resumed = None
         # A resumed run that was at its end already would take one step more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Saves what a resumed run needs; what could not be finished is removed."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._written or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes what a resumed run needs, whole or not at all, and removes the oldest."""
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self._written = checkpoint.with_name("saving.part")
+        written = self._written / checkpoint.name  # the Trainer adds this name
         try:
-            with writing(folder):
-                super()._save_checkpoint(*args, **kwargs)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+            with writing(checkpoint):
+                if self.args.should_save:
+                    shutil.rmtree(self._written, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                states = {name: part.state_dict() for name, part in self.stateful.items()}
+                if self.args.should_save:
+                    save_states(written, states)
+                    (written / CONFIG_FILE).write_text(self.configuration, encoding="utf-8")
+                    # A pickle of the arguments, which nothing reads.
+                    (written / "training_args.bin").unlink(missing_ok=True)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    publish_checkpoint(written, checkpoint)
+                    rotate_checkpoints(checkpoint.parent, self.args.save_total_limit)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._written, ignore_errors=True)
+            self._written = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _readable(resume_from_checkpoint):
+            self._check_tokenizer(Path(resume_from_checkpoint))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _check_tokenizer(self, checkpoint: Path) -> None:
+        """Refuses weights that were trained on other tokens."""
+        path = checkpoint / "config.json"
+        if not path.exists():
+            return  # of an adapter
+        theirs = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_fingerprint")
+        ours = getattr(self.model.config, "tokenizer_fingerprint", None)
+        if theirs != ours:
+            raise CheckpointError(
+                f"{checkpoint}: was trained with another tokenizer (fingerprint {theirs}, now "
+                f"{ours}): the text or the tokenizer has changed since; begin another run"
+            )
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuses weights that do not fill the model exactly, where the Trainer only warns."""
+        tensors = self.model.state_dict()
+        loaded = {t.data_ptr() for n, t in tensors.items() if n not in load_result.missing_keys}
+        # A tied weight is saved once, under one of its names.
+        missing = [
+            name
+            for name in load_result.missing_keys
+            if tensors[name].data_ptr() not in loaded
+            and name not in (self.model._keys_to_ignore_on_save or ())
+        ]
+        wrong = [*missing, *load_result.unexpected_keys]
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors are missing or unknown, such as {wrong[0]}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
@@ -136,10 +316,12 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
     """Turns whatever goes wrong while a checkpoint is read into a CheckpointError."""
     try:
         yield
+    except CheckpointError:
+        raise
     except Exception as error:  # safetensors, torch, pickle and zip each raise their own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise CheckpointError(
-            f"{checkpoint}: the checkpoint cannot be resumed from; it is damaged or of another "
-            f"model ({reason[0][:200].rstrip('.')}); remove this folder to resume from the one "
+            f"{checkpoint}: is of another model, or of another version of i3lm or its libraries "
+            f"({reason}); begin another run, or remove this folder to resume from the checkpoint "
             "before it"
         ) from error

@@ -103,6 +103,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         wants = wants_hidden or wants_weight or wants_bias
         scale = 1 / (labels != ignore_index).sum().clamp_min(1).to(precise)
+        # Shares of 1/N would underflow in float16, before any loss scaling: there a row weighs
+        # 1/16 (so that sums over rows stay far from its largest number), and the rest comes after.
+        weight_of_row, rest = (1 / 16, 16 * scale) if dtype == torch.float16 else (scale, None)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_bias = weight.new_zeros(weight.shape[0], dtype=precise) if wants_bias else None
         grad_weight = None
@@ -120,7 +123,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 marked = labels[piece]
                 counts = marked != ignore_index
                 (losses,) = softmax_loss(
-                    logits, offset, marked.where(counts, 0), counts * scale, grad_bias, wants
+                    logits,
+                    offset,
+                    marked.where(counts, 0),
+                    counts * weight_of_row,
+                    grad_bias,
+                    wants,
                 )
                 total += losses.masked_fill(~counts, 0).sum() * scale
                 # From here on, `logits` holds its own gradient.
@@ -131,6 +139,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight = (
                         part.to(precise) if grad_weight is None else grad_weight.add_(part)
                     )
+        if rest is not None:
+            for grad in (grad_hidden, grad_weight, grad_bias):
+                if grad is not None:
+                    grad.mul_(rest)
         if wants_weight and grad_weight is None:  # not one row
             grad_weight = torch.zeros_like(weight, dtype=precise)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
