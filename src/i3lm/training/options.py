@@ -84,6 +84,8 @@ class TrainingOptions:
 
     Args:
         max_steps: Optimizer steps. Give this or epochs.
+        target_perplexity: End the run at the first evaluation whose held-out perplexity, per
+            token, is at or below this.
         epochs: Passes over the training text, in place of max_steps; one pass if neither is given.
         batch_size: Rows per forward pass.
         gradient_accumulation_steps: Forward passes per optimizer step.
@@ -115,6 +117,7 @@ class TrainingOptions:
     """
 
     max_steps: int | None = None
+    target_perplexity: float | None = None
     epochs: float | None = None
     batch_size: int = 16
     gradient_accumulation_steps: int = 1
@@ -153,6 +156,8 @@ class TrainingOptions:
                "must be at least 1") for name in counts),
             ("training.max_steps", self.max_steps, self.max_steps is None or self.max_steps >= 1,
              "must be at least 1"),
+            ("training.target_perplexity", self.target_perplexity,
+             self.target_perplexity is None or self.target_perplexity > 1, "must be above 1"),
             ("training.epochs", self.epochs, self.epochs is None or self.epochs > 0,
              "must be above 0"),
             ("training.context_length", self.context_length,

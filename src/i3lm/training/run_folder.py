@@ -85,6 +85,7 @@ _MAY_CHANGE = {
         "keep_checkpoints",
         "gradient_checkpointing",
         "compile",
+        "target_perplexity",
     )
 }
 
