@@ -35,7 +35,6 @@ from i3lm.device import keep_freed_memory
 from i3lm.ops.dispatch import use_implementation
 from i3lm.planning import count_parameters, training_flops_per_token
 from i3lm.presets import load_preset
-from i3lm.training.optimizers import parameter_groups
 
 
 class Step:
@@ -83,7 +82,7 @@ def ours(options) -> Step:
         model,
         lambda: model(input_ids=ids, shift_labels=labels, skip_logits=True, use_cache=False).loss,
         options.precision,
-        parameter_groups(model, 0.1),
+        model.parameter_groups(0.1),
         fused=True,
     )
 

@@ -1,73 +1,210 @@
 from __future__ import annotations
 
+import copy
+import io
+import shutil
+from pathlib import Path
+
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
+from i3lm.cli import main
 from i3lm.presets import make_config
-from i3lm.training.optimizers import parameter_groups
+from i3lm.training.optimizers import MuonWithAdamW, make_optimizer, model_groups
+from tests.cli.test_train import losses
+from tests.conftest import TINY_TRAINING
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2}
+KINDS = {
+    "rwkv4": {"layer_types": "linear_attention, full_attention"},
+    "state_space": {"layer_types": "2 x hybrid", "recurrence": "state_space", "low_rank": 4},
+}
+IDS = torch.arange(64).view(2, 32).remainder(32)
 
 
-def split(fields: dict) -> tuple[set[str], set[str], set[str]]:
-    """The names of all parameters, of those that decay and of those that do not."""
-    model = AutoModelForCausalLM.from_config(make_config({**TINY, **fields}))
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = parameter_groups(model, 0.1)
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
-    listed = [names[id(p)] for group in groups for p in group["params"]]
-    assert sorted(listed) == sorted(names.values())  # every one in exactly one group
-    decayed, kept = ({names[id(p)] for p in group["params"]} for group in groups)
-    return set(names.values()), decayed, kept
+def tiny_model(kind: str = "rwkv4") -> nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make_config({**TINY, **KINDS[kind]}))
+    with torch.no_grad():
+        for parameter in model.parameters():  # some begin at zero, and hide others' gradients
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"layer_types": "linear_attention, full_attention"},
-        {"layer_types": "linear_attention, full_attention", "tie_word_embeddings": True},
-        {"layer_types": "linear_attention, full_attention", "recurrence": "state_space"},
-        {"layer_types": "2 x hybrid", "recurrence": "state_space", "low_rank": 4},
-        {"layer_types": "2 x hybrid", "recurrence": "rwkv4"},
-    ],
-    ids=["rwkv4", "tied", "state_space", "low_rank", "hybrid"],
-)
-def test_matrices_decay_and_nothing_else(fields: dict):
-    _, decayed, kept = split(fields)
-    spared = ("embed", "norm", "bias", "time_decay", "time_first", "time_mix_")
-    for name in decayed:
-        assert not [word for word in spared if word in name.removeprefix("model.layers")], name
-    for name in kept:
-        leaf = name.rsplit(".", 1)[-1]
-        is_matrix = leaf == "weight" and "norm" not in name and "embed" not in name
-        assert not is_matrix, name
-        assert leaf not in ("lora_A", "lora_B", "B", "C"), name
+def optimizer_of(model: nn.Module, name: str = "muon", rate: float = 1e-2):
+    settings = {"weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+    return make_optimizer(name, model, learning_rate=rate, **settings)
 
 
-def test_named_cases():
-    _, decayed, kept = split({"layer_types": "linear_attention, full_attention"})
-    assert "lm_head.weight" in decayed
-    assert "model.embed_tokens.weight" in kept
-    _, decayed, kept = split({"layer_types": "full_attention", "tie_word_embeddings": True})
-    assert "lm_head.weight" not in decayed
-    _, decayed, kept = split({"layer_types": "linear_attention", "recurrence": "state_space"})
-    assert any(name.endswith(".A") for name in kept)
-    assert any(name.endswith(".B") for name in decayed)
+def train(model: nn.Module, optimizer, schedule=None, steps: int = 5) -> list[float]:
+    values = []
+    for _ in range(steps):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        optimizer.zero_grad()
+        values.append(loss.item())
+    return values
 
 
-def test_transposed_matrices_of_gpt2_decay():
-    fields = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2}
-    model = AutoModelForCausalLM.from_config(make_config({"vocab_size": 32, **fields}))
-    names = {id(p): name for name, p in model.named_parameters()}
-    decayed, kept = (
-        {names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_muon_moves_matrices_and_adamw_the_rest(kind: str):
+    model = tiny_model(kind)
+    apart = copy.deepcopy(model)
+    optimizer = optimizer_of(model)
+    ours = train(model, optimizer)
+    groups = {group["role"]: group["params"] for group in apart.parameter_groups(0.1)}
+    assert all(p.dim() == 2 for p in groups["matrix"])
+    muon = torch.optim.Muon(
+        groups["matrix"], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
     )
-    assert "transformer.h.0.attn.c_attn.weight" in decayed
-    assert {"transformer.wte.weight", "transformer.wpe.weight"} <= kept
+    others = [
+        {"params": groups["head"], "weight_decay": 0.1},
+        {"params": groups["other"], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.95), fused=True)
+    expected = []
+    for _ in range(5):
+        loss = apart(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        for part in (muon, adamw):
+            part.step()
+            part.zero_grad()
+        expected.append(loss.item())
+    assert ours == expected
+    for one, other in zip(model.parameters(), apart.parameters(), strict=True):
+        assert one.equal(other)
 
 
-def test_frozen_parameters_are_left_out():
-    model = AutoModelForCausalLM.from_config(make_config({**TINY, "layer_types": "full_attention"}))
-    model.model.embed_tokens.weight.requires_grad_(False)
-    listed = {id(p) for group in parameter_groups(model, 0.1) for p in group["params"]}
-    assert id(model.model.embed_tokens.weight) not in listed
+def test_one_learning_rate_serves_both_parts():
+    """The size of Muon's updates is that of AdamW's usual ones, 0.2 to 0.4 of the rate."""
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(
+        "muon", model, learning_rate=1e-3, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True
+    )
+    train(model, optimizer, steps=1)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = next(n for n, p in model.named_parameters() if p is parameter)
+            if group["role"] == "matrix" and min(parameter.shape) == max(parameter.shape):
+                size = (parameter - before[name]).square().mean().sqrt() / 1e-3
+                assert 0.1 < size < 0.3, name
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_loss_falls_and_a_model_without_groups_of_its_own_trains(name: str):
+    fields = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 32}
+    for model in (tiny_model(), AutoModelForCausalLM.from_config(make_config(fields))):
+        values = train(model, optimizer_of(model, name), steps=30)
+        assert values[-1] < values[0] - 0.5
+
+
+def test_transposed_matrices_of_gpt2_decay_and_its_tied_head_does_not():
+    fields = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 32}
+    model = AutoModelForCausalLM.from_config(make_config(fields))
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {g["role"]: {names[id(p)] for p in g["params"]} for g in model_groups(model, 0.1)}
+    assert "transformer.h.0.attn.c_attn.weight" in groups["matrix"]
+    assert {"transformer.wte.weight", "transformer.wpe.weight"} <= groups["other"]
+    assert "head" not in groups
+
+
+def test_a_model_sorts_its_own_parameters():
+    model = nn.Linear(2, 2)
+    model.parameter_groups = lambda weight_decay: [
+        {"params": [model.weight, model.bias], "role": "other", "weight_decay": weight_decay / 2}
+    ]
+    assert optimizer_of(model, "adamw").param_groups[0]["weight_decay"] == 0.05
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_it_goes_on_bit_for_bit(kind: str, name: str):
+    def begin():
+        model = tiny_model(kind)
+        optimizer = optimizer_of(model, name)
+        return model, optimizer, LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    straight, optimizer, schedule = begin()
+    train(straight, optimizer, schedule, steps=3)
+    buffer = io.BytesIO()
+    torch.save((straight.state_dict(), optimizer.state_dict(), schedule.state_dict()), buffer)
+    expected = train(straight, optimizer, schedule, steps=3)
+
+    buffer.seek(0)
+    states = torch.load(buffer, weights_only=True)
+    resumed, *parts = begin()
+    for part, state in zip((resumed, *parts), states, strict=True):
+        part.load_state_dict(state)
+    assert train(resumed, *parts, steps=3) == expected
+    for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert ours.equal(theirs)
+
+
+def test_a_schedule_scales_both_parts():
+    model = tiny_model()
+    optimizer = optimizer_of(model, rate=1.0)
+    schedule = LambdaLR(optimizer, lambda step: 0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, schedule, steps=2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0] * 3
+    assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_under_accelerate_with_a_loss_scaler():
+    """An overflow in any part skips the step of both; the next one is taken."""
+    accelerator = Accelerator(cpu=True)
+    try:
+        model = tiny_model()
+        bare = optimizer_of(model)
+        assert isinstance(bare, MuonWithAdamW)
+        model, optimizer = accelerator.prepare(model, bare)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        for poison in (True, False):
+            scaler.scale(model(input_ids=IDS, labels=IDS).loss).backward()
+            if poison:
+                bare.param_groups[-1]["params"][0].grad.flatten()[0] = float("inf")
+            scaler.unscale_(bare)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(bare)
+            scaler.update()
+            optimizer.zero_grad()
+            same = [p.equal(b) for p, b in zip(model.parameters(), before, strict=True)]
+            assert all(same) if poison else not any(same[:1])
+        assert all(p.grad is None for p in model.parameters())
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_run_with_muon_resumes_exactly(tmp_path: Path):
+    options = [*TINY_TRAINING, "--training.optimizer", "muon", "--training.max_steps", "12"]
+    options += ["--training.save_every", "5"]
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    for output in (straight, run):
+        assert main(["train", "--output", str(output), *options]) == 0
+    for checkpoint in (run / "checkpoints").glob("checkpoint-1*"):
+        shutil.rmtree(checkpoint)
+    (run / "metrics.jsonl").write_text("")
+    assert main(["train", "--output", str(run), "--resume", *options]) == 0
+    tail = {step: loss for step, loss in losses(straight).items() if step > 5}
+    assert losses(run) == tail
+    assert losses(straight)[12] < losses(straight)[1] - 0.3
+
+
+def test_unknown_optimizer_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = [*TINY_TRAINING, "--training.optimizer", "sgd"]
+    assert main(["train", "--output", str(tmp_path / "run"), *options]) == 2
+    assert capsys.readouterr().err == (
+        "i3lm train: error: training.optimizer (sgd) must be one of adamw, muon\n"
+    )

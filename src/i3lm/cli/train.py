@@ -61,6 +61,7 @@ def train(
             "output": str(result.output), "parameters": result.parameters,
             "steps": result.steps, "tokens": result.tokens,
             "before": result.before, "after": result.after, "samples": result.samples,
+            "target_reached": result.target_reached,
         })  # fmt: skip
         return
     print_result(result)

@@ -10,6 +10,7 @@ from i3lm.layers.feed_forward import FeedForward
 from i3lm.layers.hybrid import HybridMixer
 from i3lm.layers.linear import Linear
 from i3lm.layers.low_rank import LowRankLinear
+from i3lm.layers.parameter_groups import parameter_groups
 from i3lm.layers.time_mix import TimeMix
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "LowRankLinear",
     "RotaryEmbedding",
     "TimeMix",
+    "parameter_groups",
 ]

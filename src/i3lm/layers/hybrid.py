@@ -18,6 +18,8 @@ class HybridMixer(nn.Module):
         state_size: Size N of the hidden state.
     """
 
+    matrices = ("B", "C")  # A maps the state to itself, step after step: see parameter_groups
+
     def __init__(self, hidden_size: int, state_size: int) -> None:
         super().__init__()
         self.mix = nn.Parameter(torch.empty(hidden_size))

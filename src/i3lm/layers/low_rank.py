@@ -19,6 +19,8 @@ class LowRankLinear(nn.Module):
         rank: Size r of the narrow middle.
     """
 
+    matrices = ("lora_A", "lora_B")
+
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank

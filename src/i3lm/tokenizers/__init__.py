@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from i3lm.tokenizers.bpe import train_bpe_tokenizer
 from i3lm.tokenizers.character import train_character_tokenizer
+from i3lm.tokenizers.chat_template import (
+    ChatTokens,
+    encode_chat,
+    ensure_chat_template,
+    render_chat,
+)
 from i3lm.tokenizers.chunk import (
     build_chunk_tokenizer,
     read_original_chunk_tokenizer,
@@ -24,11 +30,15 @@ from i3lm.tokenizers.loading import (
 
 __all__ = [
     "TOKENIZER_KINDS",
+    "ChatTokens",
     "build_chunk_tokenizer",
+    "encode_chat",
     "encode_documents",
+    "ensure_chat_template",
     "load_tokenizer",
     "lowercases",
     "read_original_chunk_tokenizer",
+    "render_chat",
     "tokenizer_fingerprint",
     "train_bpe_tokenizer",
     "train_character_tokenizer",

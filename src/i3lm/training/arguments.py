@@ -22,9 +22,11 @@ class OneDeviceArguments(TrainingArguments):
     Args:
         asked_device: The device, such as ``cuda:1``. Where a launcher started several processes,
             each has a device of its own, and this is not read.
+        optimizer: The name of the optimizer, one of `i3lm.training.options.OPTIMIZERS`.
     """
 
     asked_device: str = field(default="cpu", metadata={"help": "The one device to use."})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw or muon."})
 
     @property
     def device(self) -> torch.device:
@@ -66,6 +68,7 @@ def training_arguments(
     """
     return OneDeviceArguments(
         asked_device=str(device),
+        optimizer=training.optimizer,
         output_dir=str(output / "checkpoints"),
         max_steps=training.max_steps or -1,
         num_train_epochs=training.epochs or 1.0,

@@ -7,6 +7,8 @@ from typing import Any
 
 from i3lm.errors import ConfigurationError
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 def _require(rules: tuple[tuple[str, Any, bool, str], ...]) -> None:
     for name, value, holds, rule in rules:
@@ -82,14 +84,18 @@ class TrainingOptions:
 
     Args:
         max_steps: Optimizer steps. Give this or epochs.
+        target_perplexity: End the run at the first evaluation whose held-out perplexity, per
+            token, is at or below this.
         epochs: Passes over the training text, in place of max_steps; one pass if neither is given.
         batch_size: Rows per forward pass.
         gradient_accumulation_steps: Forward passes per optimizer step.
         context_length: Tokens per row; by default the model's context.
+        optimizer: adamw, or muon: Muon for the matrices of the layers, AdamW for embeddings, head,
+            vectors and decay rates. One learning rate serves both.
         learning_rate: Peak rate, reached after the warm-up.
         min_learning_rate_ratio: What is left of the rate at the end of the cosine.
         warmup_steps: Steps of linear warm-up.
-        weight_decay: AdamW's decay of matrices; norms, biases, embeddings and decay rates have
+        weight_decay: Decay of matrices; norms, biases, embeddings and decay rates have
             none.
         adam_beta1: AdamW's decay of the mean gradient.
         adam_beta2: AdamW's decay of the mean squared gradient.
@@ -116,10 +122,12 @@ class TrainingOptions:
     """
 
     max_steps: int | None = None
+    target_perplexity: float | None = None
     epochs: float | None = None
     batch_size: int = 16
     gradient_accumulation_steps: int = 1
     context_length: int | None = None
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     min_learning_rate_ratio: float = 0.1
     warmup_steps: int = 20
@@ -159,11 +167,15 @@ class TrainingOptions:
              "must be stop or restore"),
             ("training.max_steps", self.max_steps, self.max_steps is None or self.max_steps >= 1,
              "must be at least 1"),
+            ("training.target_perplexity", self.target_perplexity,
+             self.target_perplexity is None or self.target_perplexity > 1, "must be above 1"),
             ("training.epochs", self.epochs, self.epochs is None or self.epochs > 0,
              "must be above 0"),
             ("training.context_length", self.context_length,
              self.context_length is None or self.context_length >= 1, "must be at least 1"),
             ("training.seed", self.seed, 0 <= self.seed < 2**32, "must be between 0 and 2^32 - 1"),
+            ("training.optimizer", self.optimizer, self.optimizer in OPTIMIZERS,
+             f"must be one of {', '.join(OPTIMIZERS)}"),
             ("training.learning_rate", self.learning_rate, self.learning_rate > 0,
              "must be above 0"),
             ("training.min_learning_rate_ratio", self.min_learning_rate_ratio,

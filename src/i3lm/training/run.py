@@ -43,6 +43,7 @@ from i3lm.training.loop import train_guarded
 from i3lm.training.metrics import MetricsFile, StepTimer
 from i3lm.training.options import RunOptions
 from i3lm.training.run_folder import as_yaml, check_run_folder, prepare_run_folder
+from i3lm.training.stopping import TargetPerplexity
 from i3lm.training.trainer import I3Trainer
 
 
@@ -57,6 +58,7 @@ class RunResult:
     before: dict[str, float]
     after: dict[str, float]
     samples: list[dict[str, str]]
+    target_reached: bool | None = None  # None without a target perplexity
 
 
 def run_training(
@@ -121,12 +123,16 @@ def run_training(
     batch = min(training.batch_size, len(rows)) * training.gradient_accumulation_steps
     timer = StepTimer(batch * context)
     progress = RunConsole(console, timer)
+    target = training.target_perplexity
 
     def save(folder: Path, metrics: dict[str, float], steps: int) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_model_card(folder, model.config, parameters, _facts(metrics, steps))
-        record = {"step": steps, **_figures(metrics)}
+        record: dict[str, Any] = {"step": steps, **_figures(metrics)}
+        if target is not None:
+            record["target_perplexity"] = target
+            record["target_reached"] = record["perplexity"] <= target
         (folder / EVALUATION_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     callbacks = [
@@ -140,6 +146,8 @@ def run_training(
         BestKeeper(output / "best", save),
         progress,
     ]
+    if target is not None:
+        callbacks.append(TargetPerplexity(target, console))
     if options.sample.prompts:
         callbacks.append(
             SampleWriter(
@@ -197,6 +205,7 @@ def run_training(
         before=_figures(before),
         after=_figures(after),
         samples=samples,
+        target_reached=None if target is None else after["eval_perplexity"] <= target,
     )
 
 

@@ -91,6 +91,7 @@ _MAY_CHANGE = {
         "gradient_checkpointing",
         "compile",
         "on_nan",
+        "target_perplexity",
     )
 }
 

@@ -32,7 +32,7 @@ from i3lm.training.checkpoints import (
 )
 from i3lm.training.guards import NonFiniteError, find_non_finite
 from i3lm.training.metrics import StepTimer
-from i3lm.training.optimizers import parameter_groups
+from i3lm.training.optimizers import make_optimizer
 
 
 class I3Trainer(Trainer):
@@ -95,12 +95,13 @@ class I3Trainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Fused AdamW over `parameter_groups`."""
+        """The optimizer that the arguments name, over the model's own parameter groups."""
         if self.optimizer is None:
-            groups = parameter_groups(model or self.model, self.args.weight_decay)
-            self.optimizer = torch.optim.AdamW(
-                groups,
-                lr=self.args.learning_rate,
+            self.optimizer = make_optimizer(
+                getattr(self.args, "optimizer", "adamw"),
+                model or self.model,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
                 fused=self.args.device.type in ("cpu", "cuda"),

@@ -24,6 +24,7 @@ from i3lm.layers import (
     LowRankLinear,
     RotaryEmbedding,
     TimeMix,
+    parameter_groups,
 )
 from i3lm.layers.attention import Rotation
 from i3lm.layers.time_mix import TimeMixState
@@ -138,6 +139,13 @@ class I3PreTrainedModel(PreTrainedModel):
                 module.layer_idx,
                 len(self.config.layer_types or ()),
             )
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Gives the trainable parameters in groups for an optimizer, matrices alone decaying.
+
+        Every group has a ``role`` besides: see `i3lm.layers.parameter_groups`.
+        """
+        return parameter_groups(self, weight_decay, head=self.get_output_embeddings())
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside transformers, modules without parameters of their own are passed over;
