@@ -103,6 +103,28 @@ def encode_batch(documents: Sequence[Document], tokenizer: Any) -> Encoded:
     )
 
 
+class DocumentEncoder:
+    """Encodes documents one by one, for worker processes to take along.
+
+    Args:
+        tokenizer: The tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(
+        self, documents: Sequence[Document]
+    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Gives the ids of each document, and which of them are to be learnt (None: all)."""
+        encoded = encode_batch(documents, self.tokenizer)
+        ends = np.cumsum(encoded.lengths, dtype=np.int64)[:-1]
+        tokens = np.split(encoded.tokens, ends)
+        learnt = encoded.learnt
+        masks = [None] * len(tokens) if learnt is None else np.split(learnt, ends)
+        return list(zip(tokens, masks, strict=True))
+
+
 def _utf8(document: Document) -> bytes:
     return text_of(document).encode("utf-8", "surrogatepass")
 

@@ -111,6 +111,13 @@ class RowBatches:
         self._state = self._position()
         return {**self._gather(rows[self.rank :: self.world]), "cursor": self._state}
 
+    def skip_batches(self, batches: int) -> None:
+        """Goes as many batches further, without giving them."""
+        for _ in range(batches):
+            self._plan()
+            self._batches += 1
+        self._state = self._position()
+
     def _plan(self) -> list[list[Piece]]:
         """Cuts the rows of the next batch of all processes."""
         rows: list[list[Piece]] = []

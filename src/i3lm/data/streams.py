@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from i3lm.data.chat import Document, text_of
 from i3lm.data.split import is_held_out
 from i3lm.errors import DataError, I3Error
 
-# A text, or the messages of a conversation.
-Document = str | list[dict[str, Any]]
 # Token ids of a document, and where they are to be learnt (None: everywhere).
 Encoded = tuple[np.ndarray, np.ndarray | None]
 Encode = Callable[[list[Document]], list[Encoded]]
@@ -444,7 +443,7 @@ def _read_chunks(
             chunk: list[Document] = []
             count = 0
             for document, cursor in source.read(place.cursor):
-                if _is_held_out(document, held_out_fraction):
+                if is_held_out(text_of(document), held_out_fraction):
                     continue
                 chunk.append(document)
                 count += 1
@@ -470,13 +469,6 @@ def _read_chunks(
     except I3Error as error:
         notes.append(error)
         yield []
-
-
-def _is_held_out(document: Document, fraction: float) -> bool:
-    """Decides by what is said, so that another chat template moves no conversation."""
-    if not isinstance(document, str):
-        document = "\n".join(message["content"] for message in document)
-    return is_held_out(document, fraction)
 
 
 def _gather_windows(

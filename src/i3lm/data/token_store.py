@@ -125,7 +125,8 @@ class TokenStore:
             for index, shard in enumerate(self._shards)
         ]
         pieces.append(np.array(self._separator, dtype=self.dtype))
-        return TokenizedText(np.concatenate(pieces), self.documents, self.bytes)
+        lengths = np.array(self.lengths)
+        return TokenizedText(np.concatenate(pieces), self.documents, self.bytes, lengths)
 
     def _read(
         self, document: int, start: int, stop: int | None, kind: str, dtype: np.dtype

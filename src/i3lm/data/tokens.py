@@ -1,17 +1,15 @@
-"""Text as one flat array of token ids, and its cut into rows."""
+"""Text as one flat array of token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
+from i3lm.data.chat import Document
 from i3lm.data.encoding import batches, encode_batch, separator_ids, token_dtype
-from i3lm.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -23,57 +21,47 @@ class TokenizedText:
             so that the first token of the first document is predicted from something too.
         documents: Number of documents.
         bytes: UTF-8 bytes of the documents, without separators: what bits per byte divide by.
+        lengths: Tokens of each document with the separator before it, shape (documents,).
     """
 
     tokens: np.ndarray
     documents: int
     bytes: int
+    lengths: np.ndarray
+
+    def begins(self) -> np.ndarray:
+        """Where documents begin: True at the first token of their separator, shape (N,), bool."""
+        begins = np.zeros(len(self.tokens), dtype=bool)
+        begins[np.cumsum(self.lengths)[:-1]] = True
+        begins[:1] = True
+        return begins
 
 
-def tokenize_documents(documents: Iterable[str], tokenizer: Any) -> TokenizedText:
+def tokenize_documents(documents: Iterable[Document], tokenizer: Any) -> TokenizedText:
     """Encodes documents into one stream, a separator before the first and after each.
 
     The stream is encoded a batch at a time and kept as two or four bytes a token.
     """
-    pieces, count, size = [], 0, 0
+    pieces: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    size = 0
     for batch, _ in batches((document, None) for document in documents):
         encoded = encode_batch(batch, tokenizer)
         pieces.append(encoded.tokens)
-        count += len(batch)
+        lengths.append(encoded.lengths)
         size += int(encoded.bytes.sum())
     pieces.append(np.array(separator_ids(tokenizer), dtype=token_dtype(tokenizer)))
-    return TokenizedText(np.concatenate(pieces), count, size)
+    each = np.concatenate([np.zeros(0, np.uint32), *lengths])
+    return TokenizedText(np.concatenate(pieces), len(each), size, each)
 
 
-class ContiguousRows(Dataset):
-    """The stream cut into rows of `context_length` tokens, each with the token that follows it.
-
-    Row i is a function of i alone, so a seeded order of indices is a seeded order of batches.
-
-    Args:
-        text: The stream.
-        context_length: Tokens T per row.
-
-    Raises:
-        DataError: The stream is shorter than one row.
-    """
-
-    def __init__(self, text: TokenizedText, context_length: int) -> None:
-        if len(text.tokens) < context_length + 1:
-            raise DataError(
-                f"the text has {len(text.tokens):,} tokens, and one row needs "
-                f"{context_length + 1:,} (the context length and one more): give more text or a "
-                "smaller context_length"
-            )
-        self.tokens, self.context_length = text.tokens, context_length
-
-    def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.context_length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Gives ``input_ids`` and ``labels``, both (T,); labels are the ids one step ahead."""
-        start = index * self.context_length
-        row = torch.from_numpy(
-            self.tokens[start : start + self.context_length + 1].astype(np.int64)
-        )
-        return {"input_ids": row[:-1], "labels": row[1:]}
+def join_texts(texts: Sequence[TokenizedText], tokenizer: Any) -> TokenizedText:
+    """Gives several texts, tokenized by one tokenizer, as one."""
+    separator = len(separator_ids(tokenizer))  # each text ends with one, and the next begins so
+    tokens = [text.tokens[:-separator] for text in texts[:-1]]
+    return TokenizedText(
+        np.concatenate([*tokens, texts[-1].tokens]),
+        sum(text.documents for text in texts),
+        sum(text.bytes for text in texts),
+        np.concatenate([text.lengths for text in texts]),
+    )

@@ -52,8 +52,8 @@ def training_arguments(
     training: TrainingOptions,
     precision: str,
     device: torch.device,
-    rows: int,
     *,
+    max_steps: int,
     resumed: bool,
 ) -> OneDeviceArguments:
     """Gives the arguments of a run.
@@ -63,15 +63,14 @@ def training_arguments(
         training: How to train.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         device: Where to train.
-        rows: Number of rows that there are to train on.
+        max_steps: Optimizer steps of the run.
         resumed: Whether the run goes on from a checkpoint.
     """
     return OneDeviceArguments(
         asked_device=str(device),
         optimizer=training.optimizer,
         output_dir=str(output / "checkpoints"),
-        max_steps=training.max_steps or -1,
-        num_train_epochs=training.epochs or 1.0,
+        max_steps=max_steps,
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -89,7 +88,7 @@ def training_arguments(
         use_cpu=device.type == "cpu",
         seed=training.seed,
         data_seed=training.seed,
-        dataloader_drop_last=rows >= training.batch_size,
+        ignore_data_skip=True,  # rows have a position of their own
         dataloader_pin_memory=device.type == "cuda",
         logging_steps=training.log_every,
         logging_first_step=True,

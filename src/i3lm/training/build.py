@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import sys
-from collections.abc import Iterator
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from i3lm.data.corpora import BUILT_IN
-from i3lm.data.sources import read_documents
-from i3lm.data.split import held_out_documents, training_documents
-from i3lm.data.tokens import TokenizedText, tokenize_documents
+from i3lm import __version__
 from i3lm.device import seed_everything
-from i3lm.errors import ConfigurationError, DataError, KernelError, OutputError
+from i3lm.errors import ConfigurationError, KernelError, OutputError
 from i3lm.files import write_folder
 from i3lm.inference.loading import check_tokenizer_fits, find_checkpoint, load_model
 from i3lm.layers import HybridMixer, TimeMix
@@ -33,7 +28,12 @@ from i3lm.tokenizers import (
     train_character_tokenizer,
     train_tokenizer,
 )
+from i3lm.training.data import default_cache, open_source, training_texts
 from i3lm.training.options import DataOptions, ModelOptions, TokenizerOptions
+
+
+# Most documents that a tokenizer is trained on where a set is streamed.
+STREAM_TOKENIZER_DOCUMENTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,6 @@ def resolve_start(options: ModelOptions) -> Starting:
     return Starting(preset, None)
 
 
-def documents(options: DataOptions, seed: int = 0) -> Iterator[str]:
-    """Yields the documents of the data options."""
-    return read_documents(
-        options.source,
-        text_column=options.text_column,
-        split=options.split,
-        seed=seed,
-        size=options.size,
-    )
-
-
 def make_tokenizer(
     options: TokenizerOptions, start: Starting, data: DataOptions
 ) -> PreTrainedTokenizerBase:
@@ -109,69 +98,21 @@ def make_tokenizer(
     if size is None and source == "bpe" and start.checkpoint is None:
         size = start.preset.config().vocab_size
     lowercase = start.preset.lowercase if options.lowercase is None else options.lowercase
-    state = _source_state(data)
-    key = f"{source}-{size}-{lowercase}-{data.held_out_fraction}-{state}"
-    folder = _cache_folder() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    cacheable = state is not None
-    if cacheable and (folder / "tokenizer.json").exists():
+    most = options.documents or (STREAM_TOKENIZER_DOCUMENTS if data.streaming else None)
+    sources = [open_source(one).fingerprint() for one in data.all_sources()]
+    key = json.dumps([__version__, source, size, lowercase, data.held_out_fraction, most, sources])
+    folder = default_cache() / "tokenizers" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    if (folder / "tokenizer.json").exists():
         return load_tokenizer(folder)
-    texts = training_documents(documents(data), data.held_out_fraction)
+    texts = training_texts(data, most)
     if source == "character" and size is None:
         tokenizer = train_character_tokenizer(texts, lowercase=lowercase)
     else:
         tokenizer = train_tokenizer(source, texts, vocab_size=size)
-    if cacheable:
-        # Without the cache the next run takes a little longer; that is no reason to stop this one.
-        with contextlib.suppress(OutputError):
-            write_folder(folder, lambda part: tokenizer.save_pretrained(part))
+    # Without the cache the next run takes a little longer; that is no reason to stop this one.
+    with contextlib.suppress(OutputError):
+        write_folder(folder, lambda part: tokenizer.save_pretrained(part))
     return tokenizer
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "i3lm" / "tokenizers"
-
-
-def _source_state(data: DataOptions) -> str | None:
-    """What identifies the text of a source without reading it all; None where nothing does."""
-    from i3lm import __version__
-
-    path = Path(data.source)
-    if path.is_file():
-        stat = path.stat()
-        identity = f"{path.resolve()}-{stat.st_size}-{stat.st_mtime_ns}"
-    elif data.source in BUILT_IN:
-        identity = f"{data.source}-{sys.version_info[:3]}"  # pydocs comes with Python
-    else:
-        return None  # a Hub data set can change under its name
-    return f"{__version__}-{identity}-{data.size}-{data.text_column}"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The two parts of the text, tokenized."""
-
-    training: TokenizedText
-    held_out: TokenizedText
-
-
-def make_texts(data: DataOptions, tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """Tokenizes both parts of the text.
-
-    Raises:
-        DataError: No document falls on one of the two sides.
-    """
-    fraction = data.held_out_fraction
-    parts = []
-    for name, pick in (("training", training_documents), ("held-out", held_out_documents)):
-        text = tokenize_documents(pick(documents(data), fraction), tokenizer)
-        if text.documents == 0:
-            raise DataError(
-                f"{data.source}: no document falls into the {name} part with "
-                f"data.held_out_fraction {fraction}: give more documents or another fraction"
-            )
-        parts.append(text)
-    return Texts(*parts)
 
 
 def choose_kernels(

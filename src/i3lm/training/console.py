@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,28 @@ class RunConsole(TrainerCallback):
     def close(self) -> None:
         """Stops the bar and gives the cursor back, also after an error or an interrupt."""
         self.bar.stop()
+
+
+class TokenizingBar:
+    """A progress bar for each source that is tokenized, gone when it is done; none off a terminal.
+
+    Args:
+        console: Where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Callable[[int, int | None], None]]:
+        """Gives what to tell how much of the source is done, and of how much."""
+        columns = (TextColumn("tokenizing {task.description}"), BarColumn(), TimeRemainingColumn())
+        bar = Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        )
+        with bar:
+            task = bar.add_task(name, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _clock(seconds: float) -> str:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from i3lm.errors import ConfigurationError
 
 OPTIMIZERS = ("adamw", "muon")
+# As in `i3lm.data.mixing` and `i3lm.data.rows`, which this file does not import: the command line
+# reads it before anything heavy is loaded.
+WhenExhausted = Literal["repeat", "drop", "stop"]
+WHEN_EXHAUSTED = get_args(WhenExhausted)
+RowKind = Literal["contiguous", "packed", "stream"]
+ROW_KINDS = get_args(RowKind)
 
 
 def _require(rules: tuple[tuple[str, Any, bool, str], ...]) -> None:
@@ -43,11 +49,48 @@ class TokenizerOptions:
             out.
         lowercase: Whether a character tokenizer lower-cases its text; by default as the preset
             says.
+        documents: Most documents of each source to train one on; by default all, or the first
+            100,000 of a set that is streamed.
     """
 
     source: str | None = None
     vocab_size: int | None = None
     lowercase: bool | None = None
+    documents: int | None = None
+
+
+@dataclass
+class SourceOptions:
+    """One of the texts to train on.
+
+    Args:
+        source: A built-in corpus (stories, pydocs); the path of a .txt, .jsonl or .parquet file,
+            of a folder, or a pattern such as "data/*.jsonl.gz"; or the name of a data set on the
+            Hub (owner/name, or owner/name:config).
+        text_column: Where a record holds its text, or its conversation (a list of messages); by
+            default the known column of a known set, else text, messages or conversations.
+        split: Which split of a Hub data set to read.
+        size: Most documents to read; for stories, how many to write.
+        downloaded: Download a Hub data set before it is read, instead of streaming it.
+        revision: Branch, tag or commit of a Hub data set; by default the newest.
+        weight: The share of the training tokens, relative to the other sources'.
+        name: What the log calls it; by default the source.
+    """
+
+    source: str = "stories"
+    text_column: str | None = None
+    split: str = "train"
+    size: int | None = None
+    downloaded: bool = False
+    revision: str | None = None
+    weight: float = 1.0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.source
+        _require((
+            ("data.size", self.size, self.size is None or self.size > 0, "must be at least 1"),
+        ))  # fmt: skip
 
 
 @dataclass
@@ -55,27 +98,76 @@ class DataOptions:
     """Which text to train on.
 
     Args:
-        source: A built-in corpus (stories, pydocs), the path of a .txt, .jsonl or .parquet
-            file, or the name of a data set on the Hub (owner/name).
-        text_column: Where a record of a .jsonl or .parquet file holds its text.
+        source: A built-in corpus (stories, pydocs); the path of a .txt, .jsonl or .parquet file,
+            of a folder, or a pattern such as "data/*.jsonl.gz"; or the name of a data set on the
+            Hub (owner/name, or owner/name:config).
+        text_column: Where a record holds its text, or its conversation (a list of messages); by
+            default the known column of a known set, else text, messages or conversations.
         split: Which split of a Hub data set to read.
         size: Most documents to read; for stories, how many to write.
+        downloaded: Download a Hub data set before it is read, instead of streaming it.
+        revision: Branch, tag or commit of a Hub data set; by default the newest.
+        mixture: Several sources, in place of the one above: a list with the fields above, a
+            weight (share of the tokens) and maybe a name each.
+        when_exhausted: What a mixture does where a source ends: repeat reads it again, drop goes
+            on with the others, stop ends the run.
         held_out_fraction: Share of documents, picked by their text, that training never sees
             and that evaluation uses.
+        rows: How documents become rows. contiguous: one after the other, with nothing between
+            but a separator. packed: likewise, and no state or attention passes from one document
+            to the next. stream: packed, and recurrent layers carry their state from row to row,
+            so that a document has no end at the end of its row.
+        shuffle: Draw a new order of documents for every epoch.
+        streaming: Tokenize while training, instead of once before it, for sets too large to keep.
+        shuffle_buffer: Documents that a stream is shuffled among.
+        workers: Processes that tokenize; 0 for none but the main one. The result is the same.
+        cache: Folder for tokenized text; by default i3lm/tokens in the cache of the user.
     """
 
     source: str = "stories"
-    text_column: str = "text"
+    text_column: str | None = None
     split: str = "train"
     size: int | None = None
+    downloaded: bool = False
+    revision: str | None = None
+    mixture: list[SourceOptions] = field(default_factory=list)
+    when_exhausted: WhenExhausted = "repeat"
     held_out_fraction: float = 0.05
+    rows: RowKind = "contiguous"
+    shuffle: bool = True
+    streaming: bool = False
+    shuffle_buffer: int = 2_000
+    workers: int = 0
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         share = self.held_out_fraction
         _require((
             ("data.held_out_fraction", share, 0 < share < 1, "must be above 0 and below 1"),
             ("data.size", self.size, self.size is None or self.size > 0, "must be at least 1"),
+            ("data.rows", self.rows, self.rows in ROW_KINDS,
+             f"must be one of {', '.join(ROW_KINDS)}"),
+            ("data.when_exhausted", self.when_exhausted, self.when_exhausted in WHEN_EXHAUSTED,
+             f"must be one of {', '.join(WHEN_EXHAUSTED)}"),
+            ("data.shuffle_buffer", self.shuffle_buffer, self.shuffle_buffer >= 1,
+             "must be at least 1; turn shuffling off with data.shuffle false"),
+            ("data.workers", self.workers, self.workers >= 0, "must be 0 or above"),
         ))  # fmt: skip
+
+    def all_sources(self) -> list[SourceOptions]:
+        """Every source: those of the mixture, or the one."""
+        if self.mixture:
+            return self.mixture
+        return [
+            SourceOptions(
+                source=self.source,
+                text_column=self.text_column,
+                split=self.split,
+                size=self.size,
+                downloaded=self.downloaded,
+                revision=self.revision,
+            )
+        ]
 
 
 @dataclass

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, TrainerCallback, default_data_collator
+from transformers import PreTrainedModel, TrainerCallback
 
-from i3lm.data.tokens import ContiguousRows
+from i3lm.data.rows import RowBatches
+from i3lm.data.streams import Documents
 from i3lm.device import (
     keep_freed_memory,
     peak_memory_bytes,
+    process_rank,
     resolve_device,
     resolve_precision,
     seed_everything,
@@ -31,17 +33,17 @@ from i3lm.training.arguments import training_arguments
 from i3lm.training.build import (
     choose_kernels,
     make_model,
-    make_texts,
     make_tokenizer,
     resolve_start,
 )
 from i3lm.training.checkpoints import EVALUATION_FILE, METRICS_FILE, SAMPLES_FILE
-from i3lm.training.console import RunConsole, SampleWriter
+from i3lm.training.console import RunConsole, SampleWriter, TokenizingBar
+from i3lm.training.data import open_training_text
 from i3lm.training.gradient_checkpointing import checkpoint_gradients
 from i3lm.training.guards import SpectralRadiusWatch
 from i3lm.training.loop import train_guarded
 from i3lm.training.metrics import MetricsFile, StepTimer
-from i3lm.training.options import RunOptions
+from i3lm.training.options import RunOptions, TrainingOptions
 from i3lm.training.run_folder import as_yaml, check_run_folder, prepare_run_folder
 from i3lm.training.stopping import TargetPerplexity
 from i3lm.training.trainer import I3Trainer
@@ -93,12 +95,15 @@ def run_training(
 
     start = resolve_start(options.model)
     tokenizer = make_tokenizer(options.tokenizer, start, options.data)
-    texts = make_texts(options.data, tokenizer)
+    text = open_training_text(
+        options.data, tokenizer, seed=training.seed, progress=TokenizingBar(console)
+    )
     model = make_model(start, tokenizer, seed=training.seed)
     context = choose_context_length(
         model, training.context_length, option="training.context_length"
     )
-    rows = ContiguousRows(texts.training, context)
+    rows = _rows(text.documents, options, context, model)
+    max_steps = _count_steps(training, rows)
     generator = TextGenerator(model, tokenizer, precision)
     for prompt in options.sample.prompts:
         check_room(model, len(generator.encode_prompt(prompt)), options.sample.max_new_tokens)
@@ -109,9 +114,7 @@ def run_training(
         f"{start.preset.name}: {parameters:,} parameters, vocabulary {len(tokenizer):,}, "
         f"context {context}, {precision} on {device}\n"
         + "".join(f"kernel: {op} runs as {name} ({why})\n" for op, name, why in kernels)
-        + f"{options.data.source}: {len(texts.training.tokens):,} training tokens in "
-        f"{texts.training.documents:,} documents, {len(texts.held_out.tokens):,} held out in "
-        f"{texts.held_out.documents:,}",
+        + "\n".join(text.summary),
         highlight=False,
         markup=False,
     )
@@ -120,8 +123,8 @@ def run_training(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     checkpoint = prepare_run_folder(output, options, resume=resume, report=say)
-    batch = min(training.batch_size, len(rows)) * training.gradient_accumulation_steps
-    timer = StepTimer(batch * context)
+    rows_per_step = training.batch_size * training.gradient_accumulation_steps * rows.world
+    timer = StepTimer(rows_per_step * context)
     progress = RunConsole(console, timer)
     target = training.target_perplexity
 
@@ -165,14 +168,17 @@ def run_training(
     trainer = I3Trainer(
         model=model,
         args=training_arguments(
-            output, training, precision, device, len(rows), resumed=checkpoint is not None
+            output,
+            training,
+            precision,
+            device,
+            max_steps=max_steps,
+            resumed=checkpoint is not None,
         ),
-        train_dataset=rows,
-        held_out=texts.held_out,
-        context_length=context,
+        rows=rows,
+        held_out=text.held_out,
         precision=precision,
         timer=timer,
-        data_collator=default_data_collator,
         callbacks=callbacks,
         configuration=as_yaml(options),
     )
@@ -207,6 +213,39 @@ def run_training(
         samples=samples,
         target_reached=None if target is None else after["eval_perplexity"] <= target,
     )
+
+
+def _rows(
+    documents: Documents, options: RunOptions, context_length: int, model: PreTrainedModel
+) -> RowBatches:
+    kind = options.data.rows
+    if kind == "stream" and not isinstance(model, I3ForCausalLM):
+        raise ConfigurationError(
+            f"data.rows (stream): a model of type {model.config.model_type} carries no state from "
+            "row to row: use packed or contiguous"
+        )
+    rank, world = process_rank()
+    return RowBatches(
+        documents,
+        kind,
+        context_length=context_length,
+        batch_size=options.training.batch_size,
+        rank=rank,
+        world=world,
+    )
+
+
+def _count_steps(training: TrainingOptions, rows: RowBatches) -> int:
+    """Optimizer steps of the run; a last step that the rows do not fill is left out."""
+    if training.max_steps is not None:
+        return training.max_steps
+    if rows.rows_per_epoch is None:
+        raise ConfigurationError(
+            "training.max_steps is missing: the length of a text that is read while training is "
+            "not known; give the number of steps"
+        )
+    per_step = training.batch_size * rows.world * training.gradient_accumulation_steps
+    return max(1, int((training.epochs or 1.0) * rows.rows_per_epoch / per_step))
 
 
 def _trainable_precision(name: str, device: torch.device) -> str:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from i3lm.data.rows import NOT_LEARNT, RowBatches
 from i3lm.data.tokens import TokenizedText
 from i3lm.errors import CheckpointError
 from i3lm.evaluation import Evaluation, evaluate_text, next_token_loss
 from i3lm.files import writing
-from i3lm.models.i3 import I3ForCausalLM
+from i3lm.models.i3 import CarriedState, I3ForCausalLM
 from i3lm.training.checkpoints import (
     CONFIG_FILE,
     Skippable,
@@ -39,8 +40,8 @@ class I3Trainer(Trainer):
     """Trains on rows whose labels are one step ahead, and evaluates in bits per byte.
 
     Args:
+        rows: The batches to train on.
         held_out: The text that evaluation uses.
-        context_length: Tokens per row of the evaluation.
         precision: ``fp32``, ``bf16`` or ``fp16``, of the evaluation.
         timer: Takes the time for which the loop waits for data.
         args: transformers' training arguments.
@@ -55,8 +56,8 @@ class I3Trainer(Trainer):
     def __init__(
         self,
         *,
+        rows: RowBatches,
         held_out: TokenizedText,
-        context_length: int,
         precision: str,
         timer: StepTimer,
         args: TrainingArguments,
@@ -64,19 +65,27 @@ class I3Trainer(Trainer):
         stateful: Mapping[str, Stateful] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(args=args, eval_dataset=held_out, **kwargs)
-        self.configuration = configuration
-        self.stateful: dict[str, Stateful] = {"progress": self, **(stateful or {})}
+        super().__init__(args=args, train_dataset=rows, eval_dataset=held_out, **kwargs)
+        self.rows, self.configuration = rows, configuration
+        self.stateful: dict[str, Stateful] = {"progress": self, "data": rows, **(stateful or {})}
+        self.carried_state: CarriedState | None = None
+        if rows.rows == "stream":
+            self.carried_state = CarriedState(self.model.config).to(args.device)
+            self.stateful["carried_state"] = self.carried_state
         self._resumed: dict[str, Any] | None = None
         self._written: Path | None = None
         self._batches: list[dict[str, Tensor]] = []
         # Steps whose data were passed over, and the step whose data are the last of those.
         self.skipped_steps = 0
         self._skip_to: int | None = None
-        self.held_out, self.context_length = held_out, context_length
-        self.precision, self.timer = precision, timer
-        # Every row is full, so the mean over a batch is the mean over its tokens.
-        self.model_accepts_loss_kwargs = False
+        self.held_out, self.precision, self.timer = held_out, precision, timer
+        # The Trainer counts the labels of a step, over all its batches and processes. Ours are
+        # one step ahead already.
+        self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
+
+    def get_train_dataloader(self) -> Any:
+        """The rows themselves: they are read here, each process its own."""
+        return self.rows
 
     def compute_loss(
         self,
@@ -85,13 +94,22 @@ class I3Trainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean negative log-likelihood of the labels, in nats per token."""
+        """The batch's share of the step's mean negative log-likelihood, in nats per token.
+
+        The shares of a step add up to its mean over all labels that count, however they are
+        spread over batches; over processes, whose gradients are averaged, their mean does.
+        """
         loss = next_token_loss(
             model,
             inputs["input_ids"],
             inputs["labels"],
             in_pieces=isinstance(self.model, I3ForCausalLM),
+            reset=inputs.get("reset"),
+            carried_state=self.carried_state,
         )
+        if num_items_in_batch is not None:
+            counted = (inputs["labels"] != NOT_LEARNT).sum()
+            loss = loss * (counted / num_items_in_batch * self.args.world_size)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -113,9 +131,10 @@ class I3Trainer(Trainer):
         evaluation: Evaluation = evaluate_text(
             self.model,
             self.held_out,
-            context_length=self.context_length,
+            context_length=self.rows.context_length,
             batch_size=self.args.per_device_eval_batch_size,
             precision=self.precision,
+            separate_documents=self.rows.rows != "contiguous",
         )
         metrics = {
             "eval_loss": evaluation.loss,
@@ -131,14 +150,21 @@ class I3Trainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Collects the batches of a step, on the clock."""
         began = time.perf_counter()
-        batches = super().get_batch_samples(*args, **kwargs)
+        batches, count = super().get_batch_samples(*args, **kwargs)
         self.timer.waited(time.perf_counter() - began)
-        return batches
+        for batch in batches:
+            del batch["cursor"]  # that of the last one is where `rows` stands
+        if not batches:
+            self.control.should_training_stop = True  # the sources have ended
+        return batches, count
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass."""
         self._batches.append(inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.carried_state is not None:
+            self.carried_state.advance()
+        return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the gradients; a step whose norm is not finite is not taken.
@@ -206,12 +232,7 @@ class I3Trainer(Trainer):
                 for name, stateful in self.stateful.items():
                     stateful.load_state_dict(load_state(Path(resume_from_checkpoint), name))
             self._skip()
-        if self.args.ignore_data_skip:
-            return position
-        epoch, steps = divmod(
-            self.state.global_step + self.skipped_steps, num_update_steps_per_epoch
-        )
-        return epoch, steps * self.args.gradient_accumulation_steps
+        return position
 
     def _skip(self) -> None:
         """Passes over what `skip_data` asked for, from the data position of the checkpoint on."""
@@ -223,6 +244,8 @@ class I3Trainer(Trainer):
         for stateful in self.stateful.values():
             if isinstance(stateful, Skippable):
                 stateful.skip_batches(steps * self.args.gradient_accumulation_steps)
+        if self.carried_state is not None:
+            self.carried_state.load_state_dict({})  # what it knows was left behind
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self._resumed is not None:
