@@ -238,7 +238,7 @@ def test_packed_documents_of_an_i3_model_are_apart(in_pieces: bool):
     ids=["mamba", "jamba"],
 )  # fmt: skip
 def test_models_that_cannot_keep_documents_apart_are_refused(config: PreTrainedConfig, reason: str):
-    model, (_, row) = peer(config), packed_documents([3, 4])
+    model, (_, row) = peer(config, "eager"), packed_documents([3, 4])
     with pytest.raises(ConfigurationError, match=rf"keep the documents .* apart: it has {reason}"):
         next_token_loss(model, **row, in_pieces=False)
 
