@@ -53,6 +53,7 @@ def test_a_compiled_training_step_is_the_eager_one(kind: str):
 
 
 @own_warning
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RECURRENCES)
 def test_a_training_step_compiled_to_machine_code_is_the_eager_one(kind: str):

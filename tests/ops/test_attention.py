@@ -71,7 +71,7 @@ def test_each_token_sees_from_its_first_on(name: str, dtype: torch.dtype, B: int
     exact = [x.detach().double().requires_grad_() for x in given]
     weights = torch.randn(B, H, T, 4, generator=generator, dtype=torch.float64)
     with use_implementation(packed_attention=name):
-        got = causal_attention(*given, first)
+        got = causal_attention(*given, first=first)
     expected = exact_attention(*exact, first)
     grads = torch.autograd.grad((got * weights.to(dtype)).sum(), given)
     wanted = torch.autograd.grad((expected * weights).sum(), exact)
@@ -88,7 +88,7 @@ def test_tiles_pass_over_the_keys_of_other_documents():
     value[:, :, :150] = float("nan")  # zero times it would show
     first = torch.where(torch.arange(300) < 150, 0, 150)[None]
     with use_implementation(packed_attention="tiles"):
-        got = causal_attention(query, key, value, first)
+        got = causal_attention(query, key, value, first=first)
     expected = exact_attention(*(x[:, :, 150:] for x in (query, key, value)))
     torch.testing.assert_close(got[:, :, 2 * TILE :], expected[:, :, 2 * TILE - 150 :])
 
@@ -103,7 +103,7 @@ def test_tiles_pass_over_the_keys_of_other_documents():
 def test_a_first_that_does_not_fit_is_refused(first: Tensor, message: str):
     x = torch.zeros(2, 1, 9, 4)
     with pytest.raises(ValueError, match=message):
-        causal_attention(x, x, x, first)
+        causal_attention(x, x, x, first=first)
 
 
 def test_no_token_sees_a_later_one():

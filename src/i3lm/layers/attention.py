@@ -74,7 +74,7 @@ class CausalSelfAttention(nn.Module):
         if mask is None and 1 < T < S:  # new tokens after stored ones: causal from the far end
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         if mask is None and T > 1:  # one new token may see everything
-            mixed = causal_attention(query, key, value, first)
+            mixed = causal_attention(query, key, value, first=first)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.output(mixed.transpose(1, 2).reshape(B, T, C))

@@ -127,7 +127,7 @@ PACKED_ATTENTION = Op(
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, *, first: Tensor | None = None
 ) -> Tensor:
     """Gives ``softmax(q k^T / sqrt(D)) v`` where position t sees positions first_t to t.
 

@@ -232,19 +232,15 @@ class I3Model(I3PreTrainedModel):
         assert inputs_embeds is not None
         B, T, _ = inputs_embeds.shape
         starts = carried_row = None
-        if reset is not None or carried_state is not None:
-            if past_key_values is not None:
-                raise ValueError(
-                    "reset and carried_state are for whole rows, and which documents the keys "
-                    "in past_key_values are of is not known: leave out one or the other"
-                )
-        elif use_cache and past_key_values is None and not self.training:
-            past_key_values = I3Cache(self.config)
         if reset is not None:
             check_reset(reset, (B, T), attention_mask)
             starts = document_starts(reset)
         if carried_state is not None:
             carried_row = carried_state.begin_row(B)
+        if reset is not None or carried_state is not None:
+            self._check_no_cache(past_key_values)
+        elif use_cache and past_key_values is None and not self.training:
+            past_key_values = I3Cache(self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         positions = self.config.position_embedding_type
         if position_ids is None and positions != "none":
@@ -328,6 +324,13 @@ class I3Model(I3PreTrainedModel):
         else:
             positions = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -T:]
         return positions if starts is None else count_within_documents(positions, starts)
+
+    def _check_no_cache(self, cache: Cache | None) -> None:
+        if cache is not None:
+            raise ValueError(
+                "reset and carried_state are for whole rows, and which documents the keys in "
+                "past_key_values are of is not known: leave out one or the other"
+            )
 
     def _check_ids(self, input_ids: Tensor) -> None:
         # On an accelerator the check would stall every step, and the device reports it itself.
