@@ -113,9 +113,7 @@ class DocumentEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(
-        self, documents: Sequence[Document]
-    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    def __call__(self, documents: Sequence[Document]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """Gives the ids of each document, and which of them are to be learnt (None: all)."""
         encoded = encode_batch(documents, self.tokenizer)
         ends = np.cumsum(encoded.lengths, dtype=np.int64)[:-1]

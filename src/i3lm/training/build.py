@@ -31,7 +31,6 @@ from i3lm.tokenizers import (
 from i3lm.training.data import default_cache, open_source, training_texts
 from i3lm.training.options import DataOptions, ModelOptions, TokenizerOptions
 
-
 # Most documents that a tokenizer is trained on where a set is streamed.
 STREAM_TOKENIZER_DOCUMENTS = 100_000
 
@@ -101,7 +100,9 @@ def make_tokenizer(
     most = options.documents or (STREAM_TOKENIZER_DOCUMENTS if data.streaming else None)
     sources = [open_source(one).fingerprint() for one in data.all_sources()]
     key = json.dumps([__version__, source, size, lowercase, data.held_out_fraction, most, sources])
-    folder = default_cache() / "tokenizers" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    folder = (
+        default_cache() / "tokenizers" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    )
     if (folder / "tokenizer.json").exists():
         return load_tokenizer(folder)
     texts = training_texts(data, most)
