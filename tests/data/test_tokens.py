@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from i3lm.data.tokens import ContiguousRows, TokenizedText, separator_ids, tokenize_documents
-from i3lm.errors import DataError
+from i3lm.data.encoding import separator_ids
+from i3lm.data.tokens import join_texts, tokenize_documents
 from i3lm.tokenizers import train_tokenizer
 
 DOCUMENTS = ["one document", "another", "a third é"]
-
-
-def stream(length: int) -> TokenizedText:
-    return TokenizedText(np.arange(length, dtype=np.uint16), documents=1, bytes=length)
 
 
 def test_separator_with_and_without_an_end_of_text_token():
@@ -43,15 +41,18 @@ def test_batches_do_not_change_the_stream():
     assert text.documents == 4_100
 
 
-def test_rows():
-    rows = ContiguousRows(stream(10), 3)
-    assert len(rows) == 3
-    assert [row["input_ids"].tolist() for row in (rows[0], rows[2])] == [[0, 1, 2], [6, 7, 8]]
-    assert [row["labels"].tolist() for row in (rows[0], rows[2])] == [[1, 2, 3], [7, 8, 9]]
+def test_where_documents_begin():
+    tokenizer = train_tokenizer("character", ["abc\n"])
+    text = tokenize_documents(["a", "bc", ""], tokenizer)
+    assert tokenizer.decode(text.tokens) == "\n\na\n\nbc\n\n\n\n"
+    assert np.flatnonzero(text.begins()).tolist() == [0, 3, 7]
 
 
-def test_rows_of_a_short_stream():
-    assert len(ContiguousRows(stream(4), 3)) == 1
-    message = r"the text has 3 tokens, and one row needs 4 \(the context length and one more\)"
-    with pytest.raises(DataError, match=message):
-        ContiguousRows(stream(3), 3)
+@given(st.lists(st.lists(st.text("abc\n", max_size=4), max_size=4), min_size=1, max_size=4))
+def test_joined_texts_are_the_text_of_all_documents(parts: list[list[str]]):
+    tokenizer = train_tokenizer("character", ["abc\n"])
+    whole = tokenize_documents([document for part in parts for document in part], tokenizer)
+    joined = join_texts([tokenize_documents(part, tokenizer) for part in parts], tokenizer)
+    assert joined.tokens.tolist() == whole.tokens.tolist()
+    assert (joined.documents, joined.bytes) == (whole.documents, whole.bytes)
+    assert joined.begins().tolist() == whole.begins().tolist()

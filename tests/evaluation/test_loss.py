@@ -41,7 +41,8 @@ class Bigram(nn.Module):
 
 
 def text_of(tokens: list[int], size: int) -> TokenizedText:
-    return TokenizedText(np.array(tokens, dtype=np.uint16), documents=1, bytes=size)
+    lengths = np.array([len(tokens)], dtype=np.uint32)
+    return TokenizedText(np.array(tokens, dtype=np.uint16), 1, size, lengths)
 
 
 def test_by_hand():
@@ -286,3 +287,26 @@ def test_the_mean_is_over_the_labels_that_count(in_pieces: bool):
     none.backward()
     assert none.item() == 0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_separate_documents_score_as_each_alone():
+    torch.manual_seed(0)
+    config = I3Config(
+        vocab_size=7, hidden_size=16, num_attention_heads=2, max_position_embeddings=16,
+        layer_types="linear_attention, full_attention", initializer_range=0.5,
+    )  # fmt: skip
+    model = I3ForCausalLM(config)
+    documents = [[0, 3, 5, 1], [0, 2, 2], [0, 4, 1, 1, 6]]
+    tokens = [token for document in documents for token in document] + [0]
+    text = TokenizedText(
+        np.array(tokens, dtype=np.uint16), 3, 9, np.array([4, 3, 5], dtype=np.uint32)
+    )
+    alone = 0.0
+    for document in documents:
+        part = text_of([*document, 0], 1)
+        score = evaluate_text(model, part, context_length=16)
+        alone += score.loss * score.tokens
+    together = evaluate_text(model, text, context_length=16, separate_documents=True)
+    assert together.loss * together.tokens == pytest.approx(alone, rel=1e-5)
+    run_on = evaluate_text(model, text, context_length=16)
+    assert abs(run_on.loss * run_on.tokens - alone) > 1e-3

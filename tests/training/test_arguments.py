@@ -30,7 +30,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch):
 
 
 def arguments(folder: Path, device: torch.device):
-    settings = {"precision": "fp32", "rows": 100, "resumed": False}
+    settings = {"precision": "fp32", "max_steps": 100, "resumed": False}
     return training_arguments(folder, TrainingOptions(), device=device, **settings)
 
 
@@ -69,7 +69,7 @@ def test_how_to_compute():
     asked = TrainingOptions(compile=True)
     for options, expected in ((plain, False), (asked, True)):
         made = training_arguments(
-            Path("run"), options, precision="fp32", device=torch.device("cpu"), rows=9,
+            Path("run"), options, precision="fp32", device=torch.device("cpu"), max_steps=9,
             resumed=False,
         )  # fmt: skip
         assert made.torch_compile is expected

@@ -4,15 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from i3lm.data.sources import read_documents
 from i3lm.data.split import is_held_out
 from i3lm.errors import ConfigurationError, TokenizerError
 from i3lm.presets import Preset
 from i3lm.tokenizers import lowercases, train_tokenizer
 from i3lm.training.build import (
     Starting,
-    documents,
     make_model,
-    make_texts,
     make_tokenizer,
     resolve_start,
 )
@@ -20,21 +19,6 @@ from i3lm.training.options import DataOptions, ModelOptions, TokenizerOptions
 
 DATA = DataOptions(source="stories", size=60, held_out_fraction=0.3)
 START = Starting(Preset("new model"), None)
-
-
-def test_held_out_documents_are_not_in_the_training_tokens():
-    tokenizer = train_tokenizer("character", documents(DATA))
-    texts = make_texts(DATA, tokenizer)
-    whole = list(documents(DATA))
-    held_out = [document for document in whole if is_held_out(document, 0.3)]
-    assert (texts.held_out.documents, texts.training.documents) == (
-        len(held_out),
-        60 - len(held_out),
-    )
-    assert len(held_out) > 5
-    training = tokenizer.decode(texts.training.tokens.tolist())
-    assert not [document for document in held_out if document in training]
-    assert all(document in training for document in whole if document not in held_out)
 
 
 def test_tokenizer_sees_the_training_part_only(tmp_path: Path):
@@ -83,7 +67,7 @@ def test_preset_with_changes():
 
 
 def test_model_follows_the_tokenizer():
-    tokenizer = train_tokenizer("bpe", documents(DATA), vocab_size=280)
+    tokenizer = train_tokenizer("bpe", read_documents("stories", size=60), vocab_size=280)
     fields = {"hidden_size": 16, "num_attention_heads": 2, "layer_types": "full_attention"}
     start = resolve_start(ModelOptions(config={**fields, "vocab_size": 5}))
     model = make_model(start, tokenizer, seed=1)
@@ -98,6 +82,6 @@ def test_model_follows_the_tokenizer():
 def test_tokenizer_must_fit_the_checkpoint(tiny_run: Path):
     start = resolve_start(ModelOptions(str(tiny_run)))
     assert start.checkpoint == tiny_run / "best"
-    tokenizer = train_tokenizer("bpe", documents(DATA), vocab_size=300)
+    tokenizer = train_tokenizer("bpe", read_documents("stories", size=60), vocab_size=300)
     with pytest.raises(TokenizerError, match=r"has 300 tokens, but the model's vocab_size is \d+"):
         make_model(start, tokenizer, seed=0)

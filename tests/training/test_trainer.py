@@ -13,6 +13,7 @@ from i3lm.training.trainer import I3Trainer
 OVERRIDDEN = {
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "create_optimizer": ["model"],
+    "get_train_dataloader": [],
     "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "set_initial_training_values": ["args", "dataloader"],

@@ -162,7 +162,7 @@ def _open_stream(
         epochs=_epochs(data),
     )
     line = (
-        f"{options.name}: read while training, {held_out.tokens:,} tokens held out in "
+        f"{options.name}: read while training, {len(held_out.tokens):,} tokens held out in "
         f"{held_out.documents:,} documents"
     )
     return stream, held_out, line
