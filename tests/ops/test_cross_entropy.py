@@ -167,17 +167,19 @@ def test_what_does_not_fit_is_named(shapes, label: int, message: str):
         linear_cross_entropy(*tensors, torch.full((2,), label))
 
 
-def test_small_shares_do_not_underflow_in_float16():
-    """A share of 1/N of a probability below 1e-4 is less than float16's smallest number."""
-    N, C, V = 8192, 8, 512
-    (hidden, weight), labels = draw(N, C, V, has_bias=False)
+@pytest.mark.parametrize("N", [1024, 5000])
+def test_small_shares_do_not_underflow_in_float16(N: int):
+    """Most of N x V shares of about 1 / (N V) are less than float16's smallest number."""
+    (hidden, weight), _ = draw(N, 4, 16_384, has_bias=False)
+    labels = torch.arange(N) % 7
     grads = []
     for dtype, is_narrow in ((torch.float64, False), (torch.float32, True)):
-        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden / 10, weight)]
         with torch.autocast("cpu", torch.float16, enabled=is_narrow):
             loss = loss_of(leaves, labels)
         grads.append([grad.double() for grad in torch.autograd.grad(loss, leaves)])
     for exact, found in zip(*grads, strict=True):
-        # Numbers with 11 bits; a row is a position's gradient, or a token's over all positions.
-        error = (found - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-30)
-        assert error.max() < 0.01
+        # A row is a position's gradient, or a token's over all positions; nearly all of the
+        # tokens are in no label, so that small shares are all that they have.
+        error = (found - exact).norm(dim=1) / exact.norm(dim=1)
+        assert error.max() < 0.02

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from i3lm.errors import ConfigurationError, KernelError
 from i3lm.files import append_line
-from i3lm.training.checkpoints import checkpoint_step, latest_checkpoint
+from i3lm.training.checkpoints import checkpoint_step, latest_checkpoint, load_state
 from i3lm.training.guards import NonFiniteError
 from i3lm.training.interrupts import StopOnSignal
 from i3lm.training.trainer import I3Trainer
@@ -41,6 +41,8 @@ def train_guarded(
         KernelError: torch.compile failed.
     """
     folder = Path(trainer.args.output_dir)
+    if checkpoint is not None:
+        _tell_of_other_processes(checkpoint, trainer.args.world_size, report)
     with StopOnSignal(report) as stop, _naming_the_compiler():
         trainer.add_callback(stop)
         for restores in range(1, MOST_RESTORES + 2):
@@ -57,6 +59,18 @@ def train_guarded(
                 append_line(metrics, json.dumps({**record, "reason": found.where}))
                 trainer.skip_data(found.step)
         stop.check(trainer.state.global_step, trainer.state.max_steps)
+
+
+def _tell_of_other_processes(
+    checkpoint: Path, processes: int, report: Callable[[str], None]
+) -> None:
+    before = len(load_state(checkpoint, "progress")["losses_since_log"])
+    if before != processes:
+        report(
+            f"{checkpoint.name} was saved by {before} processes, and now there are {processes}: "
+            "the run goes on, but random states and the order of sums differ, so its losses are "
+            "not bit for bit those of a run that stayed as it was"
+        )
 
 
 def _give_up(

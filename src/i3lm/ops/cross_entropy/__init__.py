@@ -103,9 +103,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         wants = wants_hidden or wants_weight or wants_bias
         scale = 1 / (labels != ignore_index).sum().clamp_min(1).to(precise)
-        # Shares of 1/N would underflow in float16, before any loss scaling: there a row weighs
-        # 1/16 (so that sums over rows stay far from its largest number), and the rest comes after.
-        weight_of_row, rest = (1 / 16, 16 * scale) if dtype == torch.float16 else (scale, None)
+        weight_of_row, rest = scale, None
+        if dtype == torch.float16:
+            # Shares of 1/N would underflow, before any loss scaling. There a row weighs as much as
+            # sums over the rows of a piece allow, and the rest of the scale comes afterwards.
+            weight_of_row = min(1.0, 2048 / rows)
+            rest = scale / weight_of_row
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_bias = weight.new_zeros(weight.shape[0], dtype=precise) if wants_bias else None
         grad_weight = None
