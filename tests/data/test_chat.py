@@ -61,7 +61,7 @@ def test_segments():
 
 def test_an_assistant_that_speaks_first():
     segments = chat_segments(MESSAGES[2:4], tokenizer_with(TEMPLATE))
-    assert segments == [("[assistant]", False), ("Hello[end]\n", True), ("[user]Bye[end]\n", False)]
+    assert segments == [("[assistant]Hello[end]\n", True), ("[user]Bye[end]\n", False)]
 
 
 def test_templates_that_do_not_fit():

@@ -228,7 +228,7 @@ def test_a_killed_process(tokenizer, tmp_path: Path, start, workers: int):
     process = start(tmp_path / "killed", workers=workers, pause=0.05)
     wait_for(tmp_path / "killed", "*/progress.json")
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate(timeout=30)  # ends when its workers, who hold the pipe too, have ended
     folder = next((tmp_path / "killed").iterdir())
     cursor = json.loads((folder / "progress.json").read_text())["cursor"]
     assert 0 < cursor["documents"] < SIZE
