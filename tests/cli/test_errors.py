@@ -394,7 +394,12 @@ _KINDS = ".txt, .jsonl or .parquet files, a Hub name (owner/name), or a built-in
             "is not UTF-8 (byte 0xe9 cannot be decoded); convert it first, for example with: "
             "iconv -f latin1 -t utf-8",
         ),
-        ("text.pdf", b"%PDF", "unknown file type '.pdf'; known: .txt, .jsonl, .parquet"),
+        (
+            "text.pdf",
+            b"%PDF",
+            "unknown file type '.pdf'; known: .txt, .jsonl, .parquet, the first two also with "
+            ".gz, .bz2, .xz, .zst after it",
+        ),
         (
             "one.txt",
             b"one document",

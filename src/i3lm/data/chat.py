@@ -48,8 +48,9 @@ def chat_segments(messages: list[Message], tokenizer: Any) -> list[tuple[str, bo
     """Gives a conversation as the chat template writes it, in parts that are learnt or not.
 
     What the assistant says is learnt, up to and including the template's mark for the end of its
-    turn. The mark for its beginning is not: whoever asks the model writes it. Each part is meant
-    to be encoded by itself, as it is when the model answers.
+    turn. The mark for its beginning is not: whoever asks the model writes it (only where the
+    assistant speaks first is it learnt too, since few templates can write an empty conversation).
+    Each part is meant to be encoded by itself, as it is when the model answers.
 
     Args:
         messages: The conversation.

@@ -223,6 +223,8 @@ class DownloadedSet:
     def read(self, position: Position | None) -> Iterator[tuple[Document, Position]]:
         """Yields the documents after a position, each with the position after it."""
         start = position["at"] if position else 0
+        if start >= len(self._records):
+            return  # the library refuses to skip them all
         for row, record in enumerate(self._records.skip(start), start=start):
             self._done = row + 1
             try:
