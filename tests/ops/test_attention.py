@@ -7,17 +7,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from i3lm.ops import causal_attention
-from i3lm.ops.attention import TILE
+from i3lm.ops.attention import HEADS, TILE
 from i3lm.ops.dispatch import use_implementation
 from tests.ops.drawing import make_generator
 
 
-def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def exact_attention(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor | None = None
+) -> Tensor:
     """Causal attention as the formula says, with the whole matrix of weights."""
     T = query.shape[2]
     scores = query @ key.mT / query.shape[3] ** 0.5
-    later = torch.ones(T, T, dtype=torch.bool).triu(1)
-    return torch.softmax(scores.masked_fill(later, float("-inf")), dim=-1) @ value
+    hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+    if first is not None:
+        hidden = hidden | (torch.arange(T) < first[:, None, :, None])
+    return torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1) @ value
+
+
+def draw_first(B: int, T: int, generator: torch.Generator) -> Tensor:
+    """Where random documents of some thirty tokens begin, for each of their tokens, (B, T)."""
+    marks = torch.rand(B, T, generator=generator) < 1 / 30
+    return torch.where(marks, torch.arange(T), 0).cummax(dim=1).values
 
 
 @pytest.mark.parametrize("name", ["tiles", "torch"])
@@ -43,6 +53,57 @@ def test_bfloat16_equals_the_formula(name: str, B: int, H: int, T: int, D: int):
     for a, b in zip((got, *grads), (expected, *wanted), strict=True):
         error = (a.double() - b).abs().max() / b.abs().max().clamp_min(1)
         assert error < 2e-2
+
+
+@pytest.mark.parametrize("name", ["tiles", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 5),
+    H=st.sampled_from([1, 3, HEADS // 2, HEADS + 1]),
+    T=st.sampled_from([1, 2, TILE - 1, TILE, TILE + 1, 2 * TILE + 5]),
+)
+def test_each_token_sees_from_its_first_on(name: str, dtype: torch.dtype, B: int, H: int, T: int):
+    generator = make_generator(B, H, T)
+    first = draw_first(B, T, generator)
+    exact = [torch.randn(B, H, T, 4, generator=generator, dtype=torch.float64) for _ in "qkv"]
+    given = [x.to(dtype).requires_grad_() for x in exact]
+    exact = [x.detach().double().requires_grad_() for x in given]
+    weights = torch.randn(B, H, T, 4, generator=generator, dtype=torch.float64)
+    with use_implementation(packed_attention=name):
+        got = causal_attention(*given, first=first)
+    expected = exact_attention(*exact, first)
+    grads = torch.autograd.grad((got * weights.to(dtype)).sum(), given)
+    wanted = torch.autograd.grad((expected * weights).sum(), exact)
+    # Sums of up to 261 terms in float64 and float32; for bfloat16 as above.
+    most = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for a, b in zip((got, *grads), (expected, *wanted), strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).abs().max() / b.abs().max().clamp_min(1) < most
+
+
+def test_tiles_pass_over_the_keys_of_other_documents():
+    generator = make_generator(7)
+    query, key, value = (torch.randn(1, 2, 300, 4, generator=generator) for _ in "qkv")
+    value[:, :, :150] = float("nan")  # zero times it would show
+    first = torch.where(torch.arange(300) < 150, 0, 150)[None]
+    with use_implementation(packed_attention="tiles"):
+        got = causal_attention(query, key, value, first=first)
+    expected = exact_attention(*(x[:, :, 150:] for x in (query, key, value)))
+    torch.testing.assert_close(got[:, :, 2 * TILE :], expected[:, :, 2 * TILE - 150 :])
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (torch.zeros(2, 8, dtype=torch.int64), r"\(torch.int64, \(2, 8\)\) must be .* \(2, 9\)"),
+        (torch.zeros(2, 9), r"^first \(torch.float32, \(2, 9\)\) must be torch.int64 of shape"),
+    ],
+)
+def test_a_first_that_does_not_fit_is_refused(first: Tensor, message: str):
+    x = torch.zeros(2, 1, 9, 4)
+    with pytest.raises(ValueError, match=message):
+        causal_attention(x, x, x, first=first)
 
 
 def test_no_token_sees_a_later_one():

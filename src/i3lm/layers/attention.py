@@ -50,6 +50,7 @@ class CausalSelfAttention(nn.Module):
         mask: Tensor | None = None,
         store: KeyValueStore | None = None,
         rotation: Rotation | None = None,
+        first: Tensor | None = None,
     ) -> Tensor:
         """Maps (B, T, C) to (B, T, C).
 
@@ -59,6 +60,8 @@ class CausalSelfAttention(nn.Module):
                 (B, H, T, S). None means the causal rule alone.
             store: Where keys and values are kept between calls, or None.
             rotation: What `RotaryEmbedding` gives for the tokens' positions, or None.
+            first: Where no mask and no store is given, the earliest token that each token sees,
+                int64, shape (B, T), or None.
         """
         B, T, C = x.shape
         heads = self.query_key_value(x).view(B, T, 3, self.num_attention_heads, -1)
@@ -71,7 +74,7 @@ class CausalSelfAttention(nn.Module):
         if mask is None and 1 < T < S:  # new tokens after stored ones: causal from the far end
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         if mask is None and T > 1:  # one new token may see everything
-            mixed = causal_attention(query, key, value)
+            mixed = causal_attention(query, key, value, first=first)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.output(mixed.transpose(1, 2).reshape(B, T, C))

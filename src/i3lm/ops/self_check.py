@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from i3lm.ops.attention import CAUSAL_ATTENTION, causal_attention
+from i3lm.ops.attention import CAUSAL_ATTENTION, PACKED_ATTENTION, causal_attention
 from i3lm.ops.cross_entropy import SOFTMAX_LOSS, linear_cross_entropy
 from i3lm.ops.dispatch import Op, use_implementation
 from i3lm.ops.linear import LINEAR, LINEAR_OF_FEW_ROWS, linear
@@ -99,6 +99,14 @@ def _attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     return [output, *_gradients(output, inputs)]
 
 
+def _packed_attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    inputs = _normal(device, dtype, *[(2, 3, 200, 16)] * 3)
+    lengths = torch.tensor([[70], [23]], device=device)  # of documents, row by row
+    first = torch.arange(200, device=device) // lengths * lengths
+    output = causal_attention(*inputs, first=first)
+    return [output, *_gradients(output, inputs)]
+
+
 def _loss(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     hidden, weight, bias = _normal(device, dtype, (50, 16), (90, 16), (90,))
     loss = linear_cross_entropy(hidden, weight, bias, torch.arange(50, device=device))
@@ -116,6 +124,7 @@ CHECKS = {
             for name, op in RECURRENCES.items()
         ),
         Check(CAUSAL_ATTENTION, torch.bfloat16, 3e-2, _attention),
+        Check(PACKED_ATTENTION, torch.bfloat16, 3e-2, _packed_attention),
         Check(SOFTMAX_LOSS, torch.float32, TOLERANCE, _loss),
         Check(LINEAR, torch.float32, TOLERANCE, _linear),
         Check(LINEAR_OF_FEW_ROWS, torch.float32, TOLERANCE, _few_rows),
