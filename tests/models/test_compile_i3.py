@@ -5,13 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 from torch.fx import GraphModule
 
-from i3lm.models.i3 import I3ForCausalLM
+from i3lm.models.i3 import CarriedState, I3ForCausalLM
 from tests.models.tiny_i3 import draw_ids, make_model
 
 RECURRENCES = {"rwkv4": "i3lm.wkv.default", "state_space": "i3lm.state_space.default"}
+
+
+@pytest.fixture(autouse=True)
+def _no_programs_of_other_tests() -> None:
+    """Forgets what was compiled: all models share one entry, which holds only a few programs."""
+    torch.compiler.reset()
 
 
 def loss_and_gradients(model: I3ForCausalLM, call, ids: Tensor) -> list[Tensor]:
@@ -51,6 +58,36 @@ def test_a_compiled_training_step_is_the_eager_one(kind: str):
 @pytest.mark.parametrize("kind", RECURRENCES)
 def test_a_training_step_compiled_to_machine_code_is_the_eager_one(kind: str):
     check_training(kind, "inductor")
+
+
+@own_warning
+@pytest.mark.parametrize("kind", ["rwkv4", "v1", "sliding rope"])
+def test_a_compiled_model_keeps_documents_apart(kind: str):
+    model, ids = make_model(kind).train(), draw_ids(2, 10)
+    reset = torch.zeros(2, 10, dtype=torch.bool)
+    reset[:, [0, 3]] = True
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = model(ids, labels=ids, reset=reset).loss
+    torch.testing.assert_close(compiled(ids, labels=ids, reset=reset).loss, expected)
+
+
+@own_warning
+@pytest.mark.parametrize("kind", ["rwkv4", "v1"])
+def test_a_compiled_model_reads_a_stream_in_two_programs(kind: str):
+    model, ids = make_model(kind).train(), draw_ids(2, 50)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    losses = []
+    for call in (model, compiled):
+        carried = CarriedState(model.config)
+        losses.append([])
+        for row in ids.split(10, dim=1):
+            loss = call(row, labels=row, carried_state=carried).loss
+            loss.backward()
+            carried.advance()
+            losses[-1].append(loss.detach())
+    torch.testing.assert_close(losses[1], losses[0])
+    assert counter.frame_count == 2  # from nothing, and from the row before
 
 
 @pytest.mark.parametrize("kind", RECURRENCES)

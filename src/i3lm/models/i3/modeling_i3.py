@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -32,6 +36,8 @@ from i3lm.models.i3.cache_i3 import (
     FEED_FORWARD_SHIFT,
     MIXER_SHIFT,
     RECURRENCE,
+    CarriedRow,
+    CarriedState,
     I3Cache,
     read_state,
     write_state,
@@ -39,7 +45,16 @@ from i3lm.models.i3.cache_i3 import (
 from i3lm.models.i3.configuration_i3 import I3Config
 from i3lm.models.i3.generation_i3 import I3GenerationMixin
 from i3lm.models.i3.initialization_i3 import initialize_original, initialize_rwkv
+from i3lm.models.i3.packing_i3 import (
+    check_reset,
+    count_within_documents,
+    document_starts,
+    first_seen,
+)
 from i3lm.ops import linear, linear_cross_entropy
+
+# Document starts and padding, as the recurrent ops take them.
+_Marks = dict[str, Tensor | None]
 
 
 class I3DecoderLayer(GradientCheckpointingLayer):
@@ -77,40 +92,46 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         padding_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         rotation: Rotation | None = None,
+        first: Tensor | None = None,
+        reset: Tensor | None = None,
+        carried_row: CarriedRow | None = None,
     ) -> Tensor:
-        """Maps (B, T, C) to (B, T, C), reading and writing its states in the cache."""
+        """Maps (B, T, C) to (B, T, C), reading and writing its states."""
         x = hidden_states
         store = None
         if past_key_values is not None:
             store = partial(past_key_values.update, layer_idx=self.layer_idx)
+        # Gradient checkpointing takes the cache away, and leaves the carried states.
+        states = past_key_values if carried_row is None else carried_row
+        marks = {"reset": reset, "mask": padding_mask}
         if isinstance(self.mixer, CausalSelfAttention):
-            x = x + self.mixer(self.mixer_norm(x), causal_mask, store, rotation)
+            x = x + self.mixer(self.mixer_norm(x), causal_mask, store, rotation, first)
         else:
-            x = x + self._recur(self.mixer_norm(x), padding_mask, past_key_values)
+            x = x + self._recur(self.mixer_norm(x), marks, states)
         if self.layer_type == "hybrid":
-            x = x + self.attention(self.attention_norm(x), causal_mask, store, rotation)
-        return x + self._feed_forward(self.feed_forward_norm(x), padding_mask, past_key_values)
+            x = x + self.attention(self.attention_norm(x), causal_mask, store, rotation, first)
+        return x + self._feed_forward(self.feed_forward_norm(x), marks, states)
 
-    def _recur(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        state: Any = read_state(cache, self.layer_idx, RECURRENCE)
+    def _recur(self, x: Tensor, marks: _Marks, states: Cache | CarriedRow | None) -> Tensor:
+        state: Any = read_state(states, self.layer_idx, RECURRENCE)
         if isinstance(self.mixer, HybridMixer):
-            mixed, state = self.mixer(x, state, mask=mask)
-            write_state(cache, self.layer_idx, RECURRENCE, state)
+            mixed, state = self.mixer(x, state, **marks)
+            write_state(states, self.layer_idx, RECURRENCE, state)
             return mixed
         if state is not None:
-            shift = read_state(cache, self.layer_idx, MIXER_SHIFT)
+            shift = read_state(states, self.layer_idx, MIXER_SHIFT)
             state = None if shift is None else TimeMixState(shift, state)
-        mixed, state = self.mixer(x, state, mask=mask)
-        write_state(cache, self.layer_idx, RECURRENCE, state.sums)
-        write_state(cache, self.layer_idx, MIXER_SHIFT, state.shift)
+        mixed, state = self.mixer(x, state, **marks)
+        write_state(states, self.layer_idx, RECURRENCE, state.sums)
+        write_state(states, self.layer_idx, MIXER_SHIFT, state.shift)
         return mixed
 
-    def _feed_forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def _feed_forward(self, x: Tensor, marks: _Marks, states: Cache | CarriedRow | None) -> Tensor:
         if not isinstance(self.feed_forward, ChannelMix):
             return self.feed_forward(x)
-        state = read_state(cache, self.layer_idx, FEED_FORWARD_SHIFT)
-        output, state = self.feed_forward(x, state, mask=mask)
-        write_state(cache, self.layer_idx, FEED_FORWARD_SHIFT, state)
+        state = read_state(states, self.layer_idx, FEED_FORWARD_SHIFT)
+        output, state = self.feed_forward(x, state, **marks)
+        write_state(states, self.layer_idx, FEED_FORWARD_SHIFT, state)
         return output
 
 
@@ -184,6 +205,8 @@ class I3Model(I3PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        reset: Tensor | None = None,
+        carried_state: CarriedState | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Gives the hidden state of every token.
@@ -192,32 +215,54 @@ class I3Model(I3PreTrainedModel):
             input_ids: Token ids, shape (B, T).
             attention_mask: 1 at real tokens and 0 at padding, shape (B, S) with S counting the
                 tokens already in the cache too.
-            position_ids: Positions, shape (B, T) or (1, T); by default they count real tokens.
+            position_ids: Positions, shape (B, T) or (1, T); by default they count the real
+                tokens of a document.
             past_key_values: States and keys of earlier tokens.
             inputs_embeds: Embeddings to use in place of `input_ids`, shape (B, T, C).
-            use_cache: Whether to return the states that continue this call (never in training).
+            use_cache: Whether to return the states that continue this call (never in training,
+                nor with `reset` or `carried_state`).
+            reset: True at the first token of each document of a packed row, bool, shape (B, T):
+                states are zero before it, attention does not see past it, positions count from
+                it. Not with a cache.
+            carried_state: States of recurrent layers from the row before, and for the row after.
+                Not with a cache.
 
         Raises:
-            ValueError: Both or neither of ids and embeddings, an id outside the vocabulary, or
-                more tokens than there are positions.
+            ValueError: Both or neither of ids and embeddings, an id outside the vocabulary, more
+                tokens than there are positions, or a `reset` or `carried_state` that does not
+                fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None:
             self._check_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = I3Cache(self.config)
         assert inputs_embeds is not None
-        T = inputs_embeds.shape[1]
+        B, T, _ = inputs_embeds.shape
+        starts = carried_row = None
+        if reset is not None:
+            check_reset(reset, (B, T), attention_mask)
+            starts = document_starts(reset)
+        if carried_state is not None:
+            carried_row = carried_state.begin_row(B)
+        if reset is not None or carried_state is not None:
+            self._check_no_cache(past_key_values)
+        elif use_cache and past_key_values is None and not self.training:
+            past_key_values = I3Cache(self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         positions = self.config.position_embedding_type
         if position_ids is None and positions != "none":
-            position_ids = self._positions(attention_mask, seen, T, inputs_embeds.device)
-            self._check_length(seen + T, attention_mask)
+            position_ids = self._positions(attention_mask, seen, starts, inputs_embeds)
+            self._check_length(seen + T, position_ids)
 
         padding_mask = self._padding_mask(attention_mask, T)
-        causal_masks = self._causal_masks(inputs_embeds, attention_mask, past_key_values)
+        first, causal_masks = {}, {}
+        if starts is not None and padding_mask is None:
+            first = first_seen(starts, self.config.sliding_window)
+        else:
+            causal_masks = self._causal_masks(
+                inputs_embeds, attention_mask, past_key_values, starts
+            )
         hidden_states, rotation = inputs_embeds, None
         if positions == "learned":
             hidden_states = inputs_embeds + self.embed_positions(position_ids)
@@ -233,6 +278,9 @@ class I3Model(I3PreTrainedModel):
                 padding_mask=padding_mask,
                 past_key_values=past_key_values,
                 rotation=rotation,
+                first=first.get(kind),
+                reset=reset,
+                carried_row=carried_row,
             )
         if isinstance(past_key_values, I3Cache):
             past_key_values.count_tokens(T)
@@ -241,7 +289,11 @@ class I3Model(I3PreTrainedModel):
         )
 
     def _causal_masks(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        starts: Tensor | None,
     ) -> dict[str, Tensor | None]:
         """What each token may see, (B, 1, T, S), by type of layer; None is the causal rule."""
         if attention_mask is None and inputs_embeds.shape[1] == 1:
@@ -253,6 +305,7 @@ class I3Model(I3PreTrainedModel):
             "attention_mask": attention_mask,
             "past_key_values": cache,
             "position_ids": None,
+            "and_mask_function": None if starts is None else packed_sequence_mask_function(starts),
         }
         masks: dict[str, Tensor | None] = {}
         if "sliding_attention" in kinds:
@@ -270,12 +323,22 @@ class I3Model(I3PreTrainedModel):
         return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
 
     def _positions(
-        self, attention_mask: Tensor | None, seen: int, T: int, device: torch.device
+        self, attention_mask: Tensor | None, seen: int, starts: Tensor | None, embeds: Tensor
     ) -> Tensor:
-        """Positions (B, T) or (1, T) that count real tokens only."""
+        """Positions (B, T) or (1, T) that count the real tokens of each document."""
+        T = embeds.shape[1]
         if attention_mask is None or attention_mask.dim() != 2:
-            return torch.arange(seen, seen + T, device=device).unsqueeze(0)
-        return (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -T:]
+            positions = torch.arange(seen, seen + T, device=embeds.device).unsqueeze(0)
+        else:
+            positions = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -T:]
+        return positions if starts is None else count_within_documents(positions, starts)
+
+    def _check_no_cache(self, cache: Cache | None) -> None:
+        if cache is not None:
+            raise ValueError(
+                "reset and carried_state are for whole rows, and which documents the keys in "
+                "past_key_values are of is not known: leave out one or the other"
+            )
 
     def _check_ids(self, input_ids: Tensor) -> None:
         # On an accelerator the check would stall every step, and the device reports it itself.
@@ -288,12 +351,11 @@ class I3Model(I3PreTrainedModel):
                 f"to {self.config.vocab_size - 1}; the tokenizer does not fit this model"
             )
 
-    def _check_length(self, length: int, attention_mask: Tensor | None) -> None:
+    def _check_length(self, length: int, position_ids: Tensor) -> None:
         limit = self.config.position_limit
-        if limit is None:
+        if limit is None or length <= limit:
             return
-        if length > limit and attention_mask is not None and attention_mask.dim() == 2:
-            length = int(attention_mask.sum(dim=1).max())  # padding takes no position
+        length = int(position_ids.max()) + 1  # padding takes no position, and documents restart
         if length > limit:
             raise ValueError(
                 f"{length} tokens are more than max_position_embeddings ({limit}) allows: give "
@@ -329,6 +391,8 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
         shift_labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
+        reset: Tensor | None = None,
+        carried_state: CarriedState | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Gives logits (B, T, V), and the mean loss in nats per token where labels are given.
@@ -350,6 +414,8 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            reset=reset,
+            carried_state=carried_state,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
