@@ -6,13 +6,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    JambaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+)
 
 from i3lm.data.tokens import TokenizedText, tokenize_documents
-from i3lm.errors import DataError
-from i3lm.evaluation import evaluate_text
-from i3lm.models.i3 import I3Config, I3ForCausalLM
+from i3lm.errors import ConfigurationError, DataError
+from i3lm.evaluation import evaluate_text, next_token_loss
+from i3lm.models.i3 import CarriedState, I3Config, I3ForCausalLM
 from i3lm.ops.cross_entropy import PIECE_BYTES
 from i3lm.tokenizers import train_tokenizer
 
@@ -147,3 +157,132 @@ def test_an_i3_model_never_holds_all_logits():
         largest[name] = seen.elements
     assert largest["plain"] == B * T * V
     assert 4 * largest["pieces"] <= PIECE_BYTES
+
+
+# Packed rows, and labels that do not count
+
+
+V = 29
+ATTENTION = {
+    "gpt2": GPT2Config(vocab_size=V, n_embd=8, n_layer=2, n_head=2, n_positions=24),
+    "mistral": MistralConfig(
+        vocab_size=V, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=4,
+    ),
+}  # fmt: skip
+
+
+def peer(config: PreTrainedConfig, attention: str = "sdpa") -> nn.Module:
+    """A small model of transformers in float64, without dropout."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model.double().eval()
+
+
+def packed_documents(lengths: list[int]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Documents of random ids, and what a row that holds them all gives to the loss."""
+    generator = torch.Generator().manual_seed(3)
+    documents = [torch.randint(0, V, (1, n + 1), generator=generator) for n in lengths]
+    row = {
+        "input_ids": torch.cat([d[:, :-1] for d in documents], dim=1),
+        "labels": torch.cat([d[:, 1:] for d in documents], dim=1),
+        "reset": torch.cat([torch.arange(n)[None] == 0 for n in lengths], dim=1),
+    }
+    return documents, row
+
+
+def check_packed_loss(model: nn.Module, lengths: list[int], in_pieces: bool) -> None:
+    """Loss and gradients of a packed row are the weighted mean of the documents' own."""
+    documents, row = packed_documents(lengths)
+    packed = next_token_loss(model, **row, in_pieces=in_pieces)
+    alone = sum(
+        next_token_loss(model, d[:, :-1], d[:, 1:], in_pieces=in_pieces) * (d.shape[1] - 1)
+        for d in documents
+    ) / sum(lengths)
+    # Sums of float64 numbers.
+    torch.testing.assert_close(packed, alone, rtol=1e-10, atol=1e-10)
+    parameters = list(model.parameters())
+    for got, expected in zip(
+        torch.autograd.grad(packed, parameters), torch.autograd.grad(alone, parameters), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ATTENTION)
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(1, 8), min_size=2, max_size=3))
+def test_packed_documents_of_other_architectures_are_apart(
+    name: str, attention: str, lengths: list[int]
+):
+    check_packed_loss(peer(ATTENTION[name], attention), lengths, in_pieces=False)
+
+
+@pytest.mark.parametrize("in_pieces", [True, False])
+def test_packed_documents_of_an_i3_model_are_apart(in_pieces: bool):
+    model, plain = i3_and_its_logits(
+        vocab_size=V, layer_types="linear_attention, full_attention", max_position_embeddings=24
+    )
+    check_packed_loss(model.double() if in_pieces else plain.model.double(), [1, 9, 5], True)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MambaConfig(vocab_size=V, hidden_size=8, num_hidden_layers=1), "no position_ids"),
+        (JambaConfig(vocab_size=V, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                     num_attention_heads=2, num_key_value_heads=1, use_mamba_kernels=False,
+                     attn_layer_offset=0, attn_layer_period=2, expert_layer_offset=1),
+         "recurrent layers"),
+    ],
+    ids=["mamba", "jamba"],
+)  # fmt: skip
+def test_models_that_cannot_keep_documents_apart_are_refused(config: PreTrainedConfig, reason: str):
+    model, (_, row) = peer(config, "eager"), packed_documents([3, 4])
+    with pytest.raises(ConfigurationError, match=rf"keep the documents .* apart: it has {reason}"):
+        next_token_loss(model, **row, in_pieces=False)
+
+
+def test_only_i3_models_go_on_from_the_row_before():
+    carried = CarriedState(I3Config(layer_types="linear_attention"))
+    _, row = packed_documents([7])
+    with pytest.raises(ConfigurationError, match=r"^GPT2LMHeadModel cannot go on from the row be"):
+        next_token_loss(peer(ATTENTION["gpt2"]), **row, in_pieces=False, carried_state=carried)
+
+
+def test_a_compiled_model_is_looked_at_through_its_wrapper():
+    compiled = torch.compile(peer(ATTENTION["gpt2"]), backend="eager")
+    check_packed_loss(compiled, [3, 4], in_pieces=False)
+
+
+def test_an_i3_model_goes_on_from_the_row_before():
+    model, _ = i3_and_its_logits(
+        vocab_size=V, layer_types="2 x linear_attention", position_embedding_type="none"
+    )
+    model.double()
+    _, row = packed_documents([8, 4])
+    carried, parts = CarriedState(model.config), []
+    for part in (slice(0, 6), slice(6, 12)):
+        piece = {name: tensor[:, part] for name, tensor in row.items()}
+        parts.append(next_token_loss(model, **piece, in_pieces=True, carried_state=carried))
+        carried.advance()
+    whole = next_token_loss(model, **row, in_pieces=True)
+    torch.testing.assert_close(sum(parts) / 2, whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("in_pieces", [True, False], ids=["pieces", "logits"])
+def test_the_mean_is_over_the_labels_that_count(in_pieces: bool):
+    model, plain = i3_and_its_logits(vocab_size=V, layer_types="linear_attention")
+    scored = model if in_pieces else plain
+    _, row = packed_documents([8])
+    ids, labels = row["input_ids"], row["labels"]
+    log_probs = model(ids, use_cache=False).logits.log_softmax(dim=-1)
+    nats = -log_probs.gather(2, labels[..., None])[0, :, 0]
+    masked = labels.clone()
+    masked[0, 2:6] = -100
+    loss = next_token_loss(scored, ids, masked, in_pieces=in_pieces)
+    torch.testing.assert_close(loss, torch.cat([nats[:2], nats[6:]]).mean())
+    none = next_token_loss(scored, ids, torch.full_like(labels, -100), in_pieces=in_pieces)
+    none.backward()
+    assert none.item() == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)

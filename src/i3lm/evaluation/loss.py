@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -9,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn import functional as F
 
 from i3lm.data.tokens import TokenizedText
 from i3lm.device import autocast
-from i3lm.errors import DataError
-from i3lm.models.i3 import I3ForCausalLM
+from i3lm.errors import ConfigurationError, DataError
+from i3lm.models.i3 import CarriedState, I3ForCausalLM
+from i3lm.models.i3.packing_i3 import document_starts
+from i3lm.ops.dispatch import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -106,23 +110,73 @@ def evaluate_text(
 
 
 def next_token_loss(
-    model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, *, in_pieces: bool
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    in_pieces: bool,
+    reset: torch.Tensor | None = None,
+    carried_state: CarriedState | None = None,
 ) -> torch.Tensor:
     """Gives the mean negative log-likelihood of the labels, a scalar in nats per token.
 
     Args:
         model: A causal language model, perhaps wrapped (compiled, or for several processes).
         input_ids: Token ids, shape (B, T).
-        labels: The ids one step ahead, shape (B, T).
+        labels: The ids one step ahead, shape (B, T). -100 does not count; where none counts, the
+            loss is 0.
         in_pieces: The model, an i3 model, computes the loss piece by piece, so that logits of
             shape (B, T, V) never exist.
+        reset: True at the first token of each document of a packed row, bool, shape (B, T).
+            Nothing before it reaches the tokens from it on, in a model of any architecture.
+        carried_state: What an i3 model carries from row to row of a stream.
+
+    Raises:
+        ConfigurationError: A model of another architecture that cannot keep documents apart, or
+            a carried state for one.
     """
     if in_pieces:
         return model(
-            input_ids=input_ids, shift_labels=labels, skip_logits=True, use_cache=False
+            input_ids=input_ids,
+            shift_labels=labels,
+            skip_logits=True,
+            use_cache=False,
+            reset=reset,
+            carried_state=carried_state,
         ).loss
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+    if carried_state is not None:
+        raise ConfigurationError(
+            f"{_core(model).__class__.__name__} cannot go on from the row before, as i3 models "
+            "do: take packed or contiguous rows"
+        )
+    packing = {} if reset is None else {"position_ids": _positions_in_documents(model, reset)}
+    logits = model(input_ids=input_ids, use_cache=False, **packing).logits
+    logits = logits.flatten(0, 1).to(accumulation_dtype(logits.dtype))
+    total = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+    return total / (labels != -100).sum().clamp_min(1)
+
+
+def _positions_in_documents(model: nn.Module, reset: torch.Tensor) -> torch.Tensor:
+    """Positions (B, T) that restart at every document.
+
+    From them, transformers' attention models make the mask that keeps documents apart, where
+    they are given neither an attention mask nor a cache. Recurrent layers do not look at them.
+    """
+    core = _core(model)
+    takes_positions = "position_ids" in inspect.signature(type(core).forward).parameters
+    if not takes_positions or getattr(core, "_is_stateful", False):
+        raise ConfigurationError(
+            f"{core.__class__.__name__} cannot keep the documents of a packed row apart: it has "
+            f"{'recurrent layers' if takes_positions else 'no position_ids'}; take contiguous rows"
+        )
+    starts = document_starts(reset)
+    return torch.arange(reset.shape[1], device=reset.device) - starts
+
+
+def _core(model: nn.Module) -> nn.Module:
+    """The model inside wrappers for compiling, several processes and adapters."""
+    core = extract_model_from_parallel(model, keep_torch_compile=False)
+    return core.get_base_model() if hasattr(core, "get_base_model") else core
 
 
 def _batches(
