@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ from i3lm.device import (
 from i3lm.errors import CheckpointError, ConfigurationError, GenerationError, KernelError
 from i3lm.files import write_folder
 from i3lm.inference import SamplingOptions, TextGenerator
+from i3lm.inference.adapters import Base, write_adapter
 from i3lm.inference.loading import check_room, choose_context_length
+from i3lm.inference.sessions import model_fingerprint
 from i3lm.models.model_card import write_model_card
+from i3lm.training.adapters import add_adapter
 from i3lm.training.arguments import training_arguments
 from i3lm.training.build import (
+    Starting,
     choose_kernels,
     make_model,
     make_texts,
@@ -33,7 +37,7 @@ from i3lm.training.build import (
 from i3lm.training.checkpoints import EVALUATION_FILE, METRICS_FILE, SAMPLES_FILE
 from i3lm.training.console import RunConsole, SampleWriter
 from i3lm.training.metrics import MetricsFile, StepTimer
-from i3lm.training.options import RunOptions
+from i3lm.training.options import RunOptions, resolve_defaults
 from i3lm.training.run_folder import check_run_folder, checkpoint_step, prepare_run_folder
 from i3lm.training.stopping import TargetPerplexity
 from i3lm.training.trainer import I3Trainer
@@ -77,13 +81,14 @@ def run_training(
     Raises:
         I3Error: Anything that the options, the data or the folder cannot give.
     """
+    start = resolve_start(options.model)
+    options = _complete(options, start)
+    training, adapter = options.training, options.adapter
     check_run_folder(output, options, resume=resume, overwrite=overwrite)
-    training = options.training
     device = resolve_device(training.device)
     precision = resolve_precision(training.precision, device)
     draws = _draws(options)
 
-    start = resolve_start(options.model)
     tokenizer = make_tokenizer(options.tokenizer, start, options.data)
     texts = make_texts(options.data, tokenizer)
     model = make_model(start, tokenizer, seed=training.seed)
@@ -101,9 +106,19 @@ def run_training(
         )
     kernels = choose_kernels(model, device, strict=training.strict_kernels)
     parameters = sum(p.numel() for p in model.parameters())
+    base: Base | None = None
+    if adapter.rank:
+        assert start.checkpoint is not None  # `_complete` has seen to it
+        base = Base(start.checkpoint.resolve(), model_fingerprint(model))
+        seed_everything(training.seed)
+        add_adapter(model, adapter)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.print(
         f"{start.preset.name}: {parameters:,} parameters, vocabulary {len(tokenizer):,}, "
         f"context {context}, {precision} on {device}\n"
+        + (f"adapter: {trained:,} trained parameters of rank {adapter.rank}\n" if base else "")
+        + f"{training.optimizer}, learning rate {training.learning_rate:g}, "
+        f"{training.warmup_steps} steps of warm-up\n"
         + "".join(f"kernel: {op} runs as {name} ({why})\n" for op, name, why in kernels)
         + f"{options.data.source}: {len(texts.training.tokens):,} training tokens in "
         f"{texts.training.documents:,} documents, {len(texts.held_out.tokens):,} held out in "
@@ -120,7 +135,10 @@ def run_training(
     target = training.target_perplexity
 
     def save(folder: Path, metrics: dict[str, float], steps: int) -> None:
-        model.save_pretrained(folder)
+        if base is None:
+            model.save_pretrained(folder)
+        else:
+            write_adapter(folder, model, base)
         tokenizer.save_pretrained(folder)
         write_model_card(folder, model.config, parameters, _facts(metrics, steps))
         record: dict[str, Any] = {"step": steps, **_figures(metrics)}
@@ -195,6 +213,18 @@ def run_training(
         samples=samples,
         target_reached=None if target is None else after["eval_perplexity"] <= target,
     )
+
+
+def _complete(options: RunOptions, start: Starting) -> RunOptions:
+    """The options with everything decided that depends on where the run starts."""
+    rank, fine_tuning = options.adapter.rank, start.checkpoint is not None
+    if rank and not fine_tuning:
+        raise ConfigurationError(
+            f"adapter.rank ({rank}) adapts a checkpoint, and {start.preset.name} is drawn anew: "
+            "give the folder of one as model.source, or leave it out"
+        )
+    training = resolve_defaults(options.training, fine_tuning=fine_tuning, adapter=rank > 0)
+    return replace(options, training=training)
 
 
 def _draws(options: RunOptions) -> SamplingOptions:

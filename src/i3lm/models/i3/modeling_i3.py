@@ -93,7 +93,7 @@ class I3DecoderLayer(GradientCheckpointingLayer):
 
     def _recur(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         state: Any = read_state(cache, self.layer_idx, RECURRENCE)
-        if isinstance(self.mixer, HybridMixer):
+        if not isinstance(self.mixer, TimeMix):  # a hybrid mixer, perhaps inside an adapter
             mixed, state = self.mixer(x, state, mask=mask)
             write_state(cache, self.layer_idx, RECURRENCE, state)
             return mixed
