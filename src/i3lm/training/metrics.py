@@ -91,6 +91,7 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, timer: StepTimer, resume_step: int = 0) -> None:
         self.path, self.timer, self.tracker = path, timer, PerplexityTracker()
+        self.newest: dict[str, Any] | None = None  # the figures of the last log, if it had any
         records = read_records(path, resume_step) if resume_step else []
         for record in records:
             if "loss" in record:
@@ -119,7 +120,7 @@ class MetricsFile(TrainerCallback):
             ConfigurationError: The loss is no longer a number.
             OutputError: The file cannot be written.
         """
-        logs = dict(logs or {})
+        logs, self.newest = dict(logs or {}), None
         logs.pop("num_input_tokens_seen", None)
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
@@ -134,4 +135,5 @@ class MetricsFile(TrainerCallback):
             logs["step_seconds"] = round(self.timer.step_seconds, 5)
         elif "eval_loss" not in logs:
             return  # the Trainer's own closing summary
+        self.newest = logs
         append_line(self.path, json.dumps({"step": state.global_step, **logs}))

@@ -8,6 +8,7 @@ from typing import Any
 from i3lm.errors import ConfigurationError
 
 OPTIMIZERS = ("adamw", "muon")
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 
 
 def _require(rules: tuple[tuple[str, Any, bool, str], ...]) -> None:
@@ -113,6 +114,8 @@ class TrainingOptions:
             more. On a CPU it needs a C++ compiler.
         seed: Seed of weights, order of rows, and draws.
         log_every: Steps between lines of the metrics file.
+        tracking: none, tensorboard, trackio or wandb, to show the figures of the metrics file as
+            they come; keys come from the environment alone.
         evaluate_every: Steps between evaluations on the held-out text.
         save_every: Steps between checkpoints to resume from.
         keep_checkpoints: How many of those to keep, beside best and last.
@@ -139,6 +142,7 @@ class TrainingOptions:
     compile: bool = False
     seed: int = 0
     log_every: int = 10
+    tracking: str = "none"
     evaluate_every: int = 100
     save_every: int = 500
     keep_checkpoints: int = 2
@@ -165,6 +169,8 @@ class TrainingOptions:
             ("training.context_length", self.context_length,
              self.context_length is None or self.context_length >= 1, "must be at least 1"),
             ("training.seed", self.seed, 0 <= self.seed < 2**32, "must be between 0 and 2^32 - 1"),
+            ("training.tracking", self.tracking, self.tracking in TRACKERS,
+             f"must be one of {', '.join(TRACKERS)}"),
             ("training.optimizer", self.optimizer, self.optimizer in OPTIMIZERS,
              f"must be one of {', '.join(OPTIMIZERS)}"),
             ("training.learning_rate", self.learning_rate,

@@ -40,6 +40,7 @@ from i3lm.training.metrics import MetricsFile, StepTimer
 from i3lm.training.options import RunOptions, resolve_defaults
 from i3lm.training.run_folder import check_run_folder, checkpoint_step, prepare_run_folder
 from i3lm.training.stopping import TargetPerplexity
+from i3lm.training.tracking import Tracker, check_tracking
 from i3lm.training.trainer import I3Trainer
 
 
@@ -84,6 +85,7 @@ def run_training(
     start = resolve_start(options.model)
     options = _complete(options, start)
     training, adapter = options.training, options.adapter
+    check_tracking(training.tracking)
     check_run_folder(output, options, resume=resume, overwrite=overwrite)
     device = resolve_device(training.device)
     precision = resolve_precision(training.precision, device)
@@ -147,11 +149,14 @@ def run_training(
             record["target_reached"] = record["perplexity"] <= target
         (folder / EVALUATION_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
-    callbacks = [
-        MetricsFile(output / METRICS_FILE, timer, resume_step=step),
+    figures = MetricsFile(output / METRICS_FILE, timer, resume_step=step)
+    callbacks: list[TrainerCallback] = [
+        figures,
         BestKeeper(output / "best", save),
         progress,
     ]
+    if training.tracking != "none":
+        callbacks.append(Tracker(training.tracking, output, figures))
     if target is not None:
         callbacks.append(TargetPerplexity(target, console))
     if options.sample.prompts:

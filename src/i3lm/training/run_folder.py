@@ -19,6 +19,7 @@ from i3lm.training.checkpoints import (
     latest_checkpoint,
 )
 from i3lm.training.options import AdapterOptions, RunOptions, TrainingOptions
+from i3lm.training.tracking import TENSORBOARD_FOLDER, WANDB_FOLDER
 
 
 def check_run_folder(output: Path, options: RunOptions, *, resume: bool, overwrite: bool) -> None:
@@ -94,6 +95,7 @@ _MAY_CHANGE = {
         "gradient_checkpointing",
         "compile",
         "target_perplexity",
+        "tracking",
     )
 }
 
@@ -118,7 +120,7 @@ def prepare_run_folder(output: Path, options: RunOptions, *, resume: bool) -> Pa
 
 def _remove_run(output: Path) -> None:
     """Removes what a run writes, and nothing else that lies in its folder."""
-    for name in ("best", "last", "checkpoints"):
+    for name in ("best", "last", "checkpoints", TENSORBOARD_FOLDER, WANDB_FOLDER):
         for folder in (output / name, output / f"{name}.part", output / f"{name}.old"):
             if folder.exists():
                 shutil.rmtree(folder)
