@@ -44,13 +44,18 @@ def train(
         overwrite: Replace the run in the output folder.
         json: Print the result as one JSON object; progress goes to standard error either way.
     """
+    import contextlib
+    import sys
     from pathlib import Path
 
     from rich.console import Console
 
     from i3lm.cli.running import print_json
     from i3lm.training.options import RunOptions
-    from i3lm.training.run import run_training
+
+    # With WANDB_MODE=offline, transformers prints a line when it is imported.
+    with contextlib.redirect_stdout(sys.stderr):
+        from i3lm.training.run import run_training
 
     result = run_training(
         Path(output),
