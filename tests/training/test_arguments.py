@@ -31,7 +31,8 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch):
 
 def arguments(folder: Path, device: torch.device):
     settings = {"precision": "fp32", "max_steps": 100, "resumed": False}
-    return training_arguments(folder, TrainingOptions(), device=device, **settings)
+    options = TrainingOptions(learning_rate=1e-3, warmup_steps=20)
+    return training_arguments(folder, options, device=device, **settings)
 
 
 @pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
@@ -65,8 +66,9 @@ def test_a_named_gpu_keeps_its_number_and_becomes_the_current_one(two_gpus: list
 
 
 def test_how_to_compute():
-    plain = TrainingOptions()
-    asked = TrainingOptions(compile=True)
+    rates = {"learning_rate": 1e-3, "warmup_steps": 20}
+    plain = TrainingOptions(**rates)
+    asked = TrainingOptions(**rates, compile=True)
     for options, expected in ((plain, False), (asked, True)):
         made = training_arguments(
             Path("run"), options, precision="fp32", device=torch.device("cpu"), max_steps=9,

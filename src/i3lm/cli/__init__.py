@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "talk to a model",
     "evaluate": "loss, perplexity and bits per byte on a text",
     "convert": "turn a checkpoint of open-i3 into one of ours",
+    "merge": "merge a low-rank adapter into its base",
     "quantize": "make a checkpoint with int8 weights, for fast decoding on a CPU",
     "verify": "hold a checkpoint's ways of computing the same thing against each other",
     "models": "list the members of the family",

@@ -49,7 +49,7 @@ def convert(
     from i3lm.models.i3.conversion_open_i3 import build_model, read_open_i3
     from i3lm.tokenizers import load_tokenizer
 
-    target = _check_target(Path(out), Path(source), overwrite)
+    target = check_target(Path(out), Path(source), overwrite)
     checkpoint = read_open_i3(Path(source), num_attention_heads)
     found = tokenizer or (str(checkpoint.tokenizer) if checkpoint.tokenizer else None)
     vocabulary = load_tokenizer(found) if found else None
@@ -83,11 +83,11 @@ def convert(
 # How the names of the files of a model folder begin.
 _WRITTEN = (
     "config.json", "generation_config.json", "model", "tokenizer", "special_tokens", "README.md",
-    "chat_template", "evaluation.json",
+    "chat_template", "evaluation.json", "adapter_",
 )  # fmt: skip
 
 
-def _check_target(out: Path, source: Path, overwrite: bool) -> Path:
+def check_target(out: Path, source: Path, overwrite: bool) -> Path:
     """Gives the folder to write, if it may be written."""
     from i3lm.errors import OutputError
     from i3lm.files import as_output_error

@@ -40,8 +40,10 @@ def quantize(
     from i3lm.cli.running import print_json
     from i3lm.data.sources import read_documents
     from i3lm.data.tokens import tokenize_documents
+    from i3lm.errors import CheckpointError
     from i3lm.evaluation import evaluate_text
     from i3lm.files import write_folder
+    from i3lm.inference.adapters import is_adapter
     from i3lm.inference.loading import find_checkpoint, load_checkpoint
     from i3lm.inference.quantization import (
         check_can_quantize,
@@ -51,6 +53,8 @@ def quantize(
 
     target = _check_target(Path(output))
     folder = find_checkpoint(checkpoint)
+    if is_adapter(folder):
+        raise CheckpointError(f"{folder}: is an adapter: merge it into its base first: i3lm merge")
     before, tokenizer = load_checkpoint(folder)
     check_can_quantize(before.config, folder)
     documents = read_documents(data, text_column=text_column, split=split, size=size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from i3lm.training.options import (
+    AdapterOptions,
     DataOptions,
     ModelOptions,
     SampleOptions,
@@ -18,6 +19,7 @@ def train(
     data: DataOptions = DataOptions(),  # noqa: B008 (likewise)
     training: TrainingOptions = TrainingOptions(),  # noqa: B008 (likewise)
     sample: SampleOptions = SampleOptions(),  # noqa: B008 (likewise)
+    adapter: AdapterOptions = AdapterOptions(),  # noqa: B008 (likewise)
     resume: bool = False,
     overwrite: bool = False,
     json: bool = False,
@@ -37,21 +39,27 @@ def train(
         data: Which text to train on.
         training: How to train.
         sample: Which texts to write while training.
+        adapter: Low-rank adapters, to train a small addition to a checkpoint.
         resume: Go on from the newest checkpoint in the output folder.
         overwrite: Replace the run in the output folder.
         json: Print the result as one JSON object; progress goes to standard error either way.
     """
+    import contextlib
+    import sys
     from pathlib import Path
 
     from rich.console import Console
 
     from i3lm.cli.running import print_json
     from i3lm.training.options import RunOptions
-    from i3lm.training.run import run_training
+
+    # With WANDB_MODE=offline, transformers prints a line when it is imported.
+    with contextlib.redirect_stdout(sys.stderr):
+        from i3lm.training.run import run_training
 
     result = run_training(
         Path(output),
-        RunOptions(model, tokenizer, data, training, sample),
+        RunOptions(model, tokenizer, data, training, sample, adapter),
         console=Console(stderr=True),
         resume=resume,
         overwrite=overwrite,

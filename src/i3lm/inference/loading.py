@@ -9,6 +9,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from i3lm.errors import CheckpointError, ConfigurationError, GenerationError, TokenizerError
+from i3lm.inference.adapters import (
+    ADAPTER_CONFIG,
+    check_base,
+    is_adapter,
+    merge_adapter,
+    read_base,
+)
 from i3lm.inference.generation import TextGenerator
 from i3lm.inference.quantization import check_can_load, is_quantized
 from i3lm.layers import Linear, LowRankLinear
@@ -30,7 +37,7 @@ def find_checkpoint(path: str | Path) -> Path:
             f"{path}: no such folder; give a checkpoint folder or the output folder of a run"
         )
     for candidate in (folder, folder / "best", folder / "last"):
-        if (candidate / "config.json").is_file():
+        if (candidate / "config.json").is_file() or (candidate / ADAPTER_CONFIG).is_file():
             return candidate
     raise CheckpointError(
         f"{path}: holds no model (no config.json); give a checkpoint folder or the output folder "
@@ -76,9 +83,13 @@ def make_generator(
 def load_model(folder: Path) -> PreTrainedModel:
     """Gives the model in a folder; every weight must be there and fit.
 
+    Of an adapter, that is its base with the adapter merged into it.
+
     Raises:
         CheckpointError: As for `load_checkpoint`.
     """
+    if is_adapter(folder):
+        return load_adapted(folder)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise CheckpointError(f"{folder}: holds no weights ({WEIGHT_FILES[0]} is missing)")
     try:
@@ -104,6 +115,29 @@ def load_model(folder: Path) -> PreTrainedModel:
             f"unknown, such as {wrong[0]}"
         )
     return model
+
+
+def load_adapted(folder: Path, base: Path | None = None) -> PreTrainedModel:
+    """Gives the base of an adapter with the adapter merged into its weights.
+
+    Args:
+        folder: The folder of the adapter.
+        base: Where its base is, if not where it was.
+
+    Raises:
+        CheckpointError: The base is not there, or is another; or as for `load_model`.
+    """
+    expected = read_base(folder)
+    where = base or expected.path
+    if base is None and not where.exists():
+        raise CheckpointError(
+            f"{folder}: is an adapter of {where}, which is not there: put that checkpoint back, or "
+            "merge the adapter with it: i3lm merge --base PATH"
+        )
+    where = find_checkpoint(where)
+    model = load_model(where)
+    check_base(model, expected, folder, where)
+    return merge_adapter(model, folder)
 
 
 def hold_weights_in_bf16(model: PreTrainedModel) -> PreTrainedModel:

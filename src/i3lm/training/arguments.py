@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
 from i3lm.training.options import TrainingOptions
+from i3lm.training.tracking import run_names
 
 
 @dataclass
@@ -70,6 +71,8 @@ def training_arguments(
         asked_device=str(device),
         optimizer=training.optimizer,
         output_dir=str(output / "checkpoints"),
+        project=run_names(output)[0],
+        run_name=run_names(output)[1],
         max_steps=max_steps,
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.batch_size,

@@ -115,6 +115,7 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         self.path, self.timer, self.memory, self.utilization = path, timer, memory, utilization
         self.tracker = PerplexityTracker()
+        self.newest: dict[str, Any] | None = None  # the figures of the last log, if it had any
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Goes back to the step at which the training begins."""
@@ -147,7 +148,7 @@ class MetricsFile(TrainerCallback):
             ConfigurationError: The loss is no longer a number.
             OutputError: The file cannot be written.
         """
-        logs = {} if logs is None else logs
+        logs, self.newest = {} if logs is None else logs, None
         # Its own counts and times are of this process alone, evaluation and saving included.
         for name in ("num_input_tokens_seen", "train_runtime", "train_tokens_per_second"):
             logs.pop(name, None)
@@ -162,6 +163,7 @@ class MetricsFile(TrainerCallback):
             logs |= self._speed(state)
         elif "eval_loss" not in logs:
             return  # the Trainer's own closing summary
+        self.newest = logs
         append_line(self.path, json.dumps({"step": state.global_step, **_plain(logs)}))
 
     def _speed(self, state: TrainerState) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from i3lm.errors import ConfigurationError
 
 OPTIMIZERS = ("adamw", "muon")
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 # As in `i3lm.data.mixing` and `i3lm.data.rows`, which this file does not import: the command line
 # reads it before anything heavy is loaded.
 WhenExhausted = Literal["repeat", "drop", "stop"]
@@ -184,9 +185,11 @@ class TrainingOptions:
         context_length: Tokens per row; by default the model's context.
         optimizer: adamw, or muon: Muon for the matrices of the layers, AdamW for embeddings, head,
             vectors and decay rates. One learning rate serves both.
-        learning_rate: Peak rate, reached after the warm-up.
+        learning_rate: Peak rate, reached after the warm-up; by default 1e-3 for a new model and
+            for adapters, and 1e-4 for a whole checkpoint.
         min_learning_rate_ratio: What is left of the rate at the end of the cosine.
-        warmup_steps: Steps of linear warm-up.
+        warmup_steps: Steps of linear warm-up; by default 20 for a new model, and for a checkpoint
+            50, or a tenth of max_steps if that is less.
         weight_decay: Decay of matrices; norms, biases, embeddings and decay rates have
             none.
         adam_beta1: AdamW's decay of the mean gradient.
@@ -208,6 +211,8 @@ class TrainingOptions:
             goes on, three times at most. The rate is not changed.
         seed: Seed of weights, order of rows, and draws.
         log_every: Steps between lines of the metrics file.
+        tracking: none, tensorboard, trackio or wandb, to show the figures of the metrics file as
+            they come; keys come from the environment alone.
         evaluate_every: Steps between evaluations on the held-out text.
         save_every: Steps between checkpoints to resume from.
         keep_checkpoints: How many of those to keep, beside best and last.
@@ -220,9 +225,9 @@ class TrainingOptions:
     gradient_accumulation_steps: int = 1
     context_length: int | None = None
     optimizer: str = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     min_learning_rate_ratio: float = 0.1
-    warmup_steps: int = 20
+    warmup_steps: int | None = None
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -235,6 +240,7 @@ class TrainingOptions:
     on_nan: str = "stop"
     seed: int = 0
     log_every: int = 10
+    tracking: str = "none"
     evaluate_every: int = 100
     save_every: int = 500
     keep_checkpoints: int = 2
@@ -266,13 +272,17 @@ class TrainingOptions:
             ("training.context_length", self.context_length,
              self.context_length is None or self.context_length >= 1, "must be at least 1"),
             ("training.seed", self.seed, 0 <= self.seed < 2**32, "must be between 0 and 2^32 - 1"),
+            ("training.tracking", self.tracking, self.tracking in TRACKERS,
+             f"must be one of {', '.join(TRACKERS)}"),
             ("training.optimizer", self.optimizer, self.optimizer in OPTIMIZERS,
              f"must be one of {', '.join(OPTIMIZERS)}"),
-            ("training.learning_rate", self.learning_rate, self.learning_rate > 0,
+            ("training.learning_rate", self.learning_rate,
+             self.learning_rate is None or self.learning_rate > 0,
              "must be above 0"),
             ("training.min_learning_rate_ratio", self.min_learning_rate_ratio,
              0 <= self.min_learning_rate_ratio <= 1, "must be between 0 and 1"),
-            ("training.warmup_steps", self.warmup_steps, self.warmup_steps >= 0,
+            ("training.warmup_steps", self.warmup_steps,
+             self.warmup_steps is None or self.warmup_steps >= 0,
              "must be 0 or above"),
             ("training.weight_decay", self.weight_decay, self.weight_decay >= 0,
              "must be 0 or above"),
@@ -282,6 +292,35 @@ class TrainingOptions:
              "must be at least 0 and below 1"),
             ("training.max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0,
              "must be 0 (off) or above"),
+        ))  # fmt: skip
+
+
+@dataclass
+class AdapterOptions:
+    """Low-rank adapters for a checkpoint, in place of training all of its weights.
+
+    Args:
+        rank: Rank of what is added to each matrix; 0 trains all weights and adds nothing.
+        alpha: Scale: what is added counts alpha / rank times; by default twice the rank.
+        dropout: Share of what enters the adapters that is dropped; for linear layers only.
+        targets: all, attention, recurrent, feed_forward, or ends of names of modules, such as
+            [mixer.key, mixer.value].
+        vectors: Whether to train vectors along: token shifts, decay rates, bonuses, norms, biases.
+    """
+
+    rank: int = 0
+    alpha: int | None = None
+    dropout: float = 0.0
+    targets: str | list[str] = "all"
+    vectors: bool = False
+
+    def __post_init__(self) -> None:
+        _require((
+            ("adapter.rank", self.rank, self.rank >= 0, "must be 0 (none) or above"),
+            ("adapter.alpha", self.alpha, self.alpha is None or self.alpha > 0, "must be above 0"),
+            ("adapter.dropout", self.dropout, 0 <= self.dropout < 1,
+             "must be at least 0 and below 1"),
+            ("adapter.targets", self.targets, bool(self.targets), "must name something"),
         ))  # fmt: skip
 
 
@@ -309,6 +348,27 @@ class SampleOptions:
         _require((("sample.every", every, every >= 0, "must be 0 (only at the end) or above"),))
 
 
+def resolve_defaults(
+    training: TrainingOptions, *, fine_tuning: bool, adapter: bool
+) -> TrainingOptions:
+    """Fills in what depends on where a run starts: learning rate and warm-up.
+
+    A checkpoint lies in a minimum that large steps would leave; an adapter begins at zero, and
+    its factors are small, so it takes about ten times the rate of the whole.
+
+    Args:
+        training: The options as they were given.
+        fine_tuning: Whether the run starts from a checkpoint.
+        adapter: Whether it trains adapters alone.
+    """
+    rate, warmup = training.learning_rate, training.warmup_steps
+    if rate is None:
+        rate = 1e-4 if fine_tuning and not adapter else 1e-3
+    if warmup is None:
+        warmup = min(50, (training.max_steps or 500) // 10) if fine_tuning else 20
+    return replace(training, learning_rate=rate, warmup_steps=warmup)
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """Everything that defines a run; kept as ``config.yaml`` in its folder."""
@@ -318,3 +378,4 @@ class RunOptions:
     data: DataOptions
     training: TrainingOptions
     sample: SampleOptions
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)

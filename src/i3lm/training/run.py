@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,17 @@ from i3lm.device import (
 from i3lm.errors import CheckpointError, ConfigurationError, GenerationError
 from i3lm.files import write_folder
 from i3lm.inference import SamplingOptions, TextGenerator
+from i3lm.inference.adapters import Base, write_adapter
 from i3lm.inference.loading import check_room, choose_context_length
+from i3lm.inference.sessions import model_fingerprint
 from i3lm.models.flops import training_flops_per_token
 from i3lm.models.i3 import I3ForCausalLM
 from i3lm.models.model_card import write_model_card
 from i3lm.ops.speed import measure_matmul_flops
+from i3lm.training.adapters import add_adapter
 from i3lm.training.arguments import training_arguments
 from i3lm.training.build import (
+    Starting,
     choose_kernels,
     make_model,
     make_tokenizer,
@@ -43,9 +47,10 @@ from i3lm.training.gradient_checkpointing import checkpoint_gradients
 from i3lm.training.guards import SpectralRadiusWatch
 from i3lm.training.loop import train_guarded
 from i3lm.training.metrics import MetricsFile, StepTimer
-from i3lm.training.options import RunOptions, TrainingOptions
+from i3lm.training.options import RunOptions, TrainingOptions, resolve_defaults
 from i3lm.training.run_folder import as_yaml, check_run_folder, prepare_run_folder
 from i3lm.training.stopping import TargetPerplexity
+from i3lm.training.tracking import Tracker, check_tracking
 from i3lm.training.trainer import I3Trainer
 
 
@@ -87,13 +92,15 @@ def run_training(
     Raises:
         I3Error: Anything that the options, the data or the folder cannot give.
     """
+    start = resolve_start(options.model)
+    options = _complete(options, start)
+    training, adapter = options.training, options.adapter
+    check_tracking(training.tracking)
     check_run_folder(output, options, resume=resume, overwrite=overwrite)
-    training = options.training
     device = resolve_device(training.device)
     precision = _trainable_precision(training.precision, device)
     draws = _draws(options)
 
-    start = resolve_start(options.model)
     tokenizer = make_tokenizer(options.tokenizer, start, options.data)
     text = open_training_text(
         options.data, tokenizer, seed=training.seed, progress=TokenizingBar(console)
@@ -110,9 +117,19 @@ def run_training(
     checkpoint_gradients(model, training.gradient_checkpointing)
     kernels = choose_kernels(model, device, strict=training.strict_kernels)
     parameters = sum(p.numel() for p in model.parameters())
+    base: Base | None = None
+    if adapter.rank:
+        assert start.checkpoint is not None  # `_complete` has seen to it
+        base = Base(start.checkpoint.resolve(), model_fingerprint(model))
+        seed_everything(training.seed)
+        add_adapter(model, adapter)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.print(
         f"{start.preset.name}: {parameters:,} parameters, vocabulary {len(tokenizer):,}, "
         f"context {context}, {precision} on {device}\n"
+        + (f"adapter: {trained:,} trained parameters of rank {adapter.rank}\n" if base else "")
+        + f"{training.optimizer}, learning rate {training.learning_rate:g}, "
+        f"{training.warmup_steps} steps of warm-up\n"
         + "".join(f"kernel: {op} runs as {name} ({why})\n" for op, name, why in kernels)
         + "\n".join(text.summary),
         highlight=False,
@@ -129,7 +146,10 @@ def run_training(
     target = training.target_perplexity
 
     def save(folder: Path, metrics: dict[str, float], steps: int) -> None:
-        model.save_pretrained(folder)
+        if base is None:
+            model.save_pretrained(folder)
+        else:
+            write_adapter(folder, model, base)
         tokenizer.save_pretrained(folder)
         write_model_card(folder, model.config, parameters, _facts(metrics, steps))
         record: dict[str, Any] = {"step": steps, **_figures(metrics)}
@@ -138,17 +158,20 @@ def run_training(
             record["target_reached"] = record["perplexity"] <= target
         (folder / EVALUATION_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
-    callbacks = [
+    figures = MetricsFile(
+        output / METRICS_FILE,
+        timer,
+        memory=lambda: peak_memory_bytes(device),
+        utilization=_utilization(model, context, device, precision),
+    )
+    callbacks: list[TrainerCallback] = [
         SpectralRadiusWatch(say),
-        MetricsFile(
-            output / METRICS_FILE,
-            timer,
-            memory=lambda: peak_memory_bytes(device),
-            utilization=_utilization(model, context, device, precision),
-        ),
+        figures,
         BestKeeper(output / "best", save),
         progress,
     ]
+    if training.tracking != "none":
+        callbacks.append(Tracker(training.tracking, output, figures))
     if target is not None:
         callbacks.append(TargetPerplexity(target, console))
     if options.sample.prompts:
@@ -267,6 +290,18 @@ def _utilization(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     needed = training_flops_per_token(model.config, context_length)
     return needed / measure_matmul_flops(device, dtype)
+
+
+def _complete(options: RunOptions, start: Starting) -> RunOptions:
+    """The options with everything decided that depends on where the run starts."""
+    rank, fine_tuning = options.adapter.rank, start.checkpoint is not None
+    if rank and not fine_tuning:
+        raise ConfigurationError(
+            f"adapter.rank ({rank}) adapts a checkpoint, and {start.preset.name} is drawn anew: "
+            "give the folder of one as model.source, or leave it out"
+        )
+    training = resolve_defaults(options.training, fine_tuning=fine_tuning, adapter=rank > 0)
+    return replace(options, training=training)
 
 
 def _draws(options: RunOptions) -> SamplingOptions:

@@ -21,7 +21,8 @@ from i3lm.training.checkpoints import (
     latest_checkpoint,
     list_checkpoints,
 )
-from i3lm.training.options import RunOptions
+from i3lm.training.options import AdapterOptions, RunOptions, TrainingOptions
+from i3lm.training.tracking import TENSORBOARD_FOLDER, WANDB_FOLDER
 
 
 def check_run_folder(output: Path, options: RunOptions, *, resume: bool, overwrite: bool) -> None:
@@ -58,9 +59,12 @@ def check_run_folder(output: Path, options: RunOptions, *, resume: bool, overwri
 def _check_same_run(output: Path, options: RunOptions) -> None:
     """Refuses to resume with options that would make it another run."""
     saved, now = _saved_options(output) or {}, dataclasses.asdict(options)
-    for group in ("model", "tokenizer", "data", "training"):
+    defaults = {"training": TrainingOptions(), "adapter": AdapterOptions()}
+    for group in ("model", "tokenizer", "data", "training", "adapter"):
         for key, value in now[group].items():
-            before = saved[group].get(key)
+            # An option that is not there is younger than the run, which had its default.
+            default = getattr(defaults.get(group), key, None)
+            before = saved.get(group, {}).get(key, default)
             if before != value and (group, key) not in _MAY_CHANGE:
                 raise ConfigurationError(
                     f"{output}: the run was begun with {group}.{key} {before!r}, now it is "
@@ -74,7 +78,12 @@ def _saved_options(output: Path) -> dict[str, Any] | None:
         saved = yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    groups = [field.name for field in dataclasses.fields(RunOptions)]
+    # A group that has a default came later than some runs.
+    groups = [
+        field.name
+        for field in dataclasses.fields(RunOptions)
+        if field.default_factory is dataclasses.MISSING
+    ]
     is_run = isinstance(saved, dict) and all(isinstance(saved.get(g), dict) for g in groups)
     return saved if is_run else None
 
@@ -92,6 +101,7 @@ _MAY_CHANGE = {
         "compile",
         "on_nan",
         "target_perplexity",
+        "tracking",
     )
 }
 
@@ -144,7 +154,7 @@ def as_yaml(options: RunOptions) -> str:
 
 def _remove_run(output: Path) -> None:
     """Removes what a run writes, and nothing else that lies in its folder."""
-    for name in ("best", "last", "checkpoints"):
+    for name in ("best", "last", "checkpoints", TENSORBOARD_FOLDER, WANDB_FOLDER):
         for folder in (output / name, output / f"{name}.part", output / f"{name}.old"):
             if folder.exists():
                 shutil.rmtree(folder)

@@ -114,7 +114,7 @@ class I3DecoderLayer(GradientCheckpointingLayer):
 
     def _recur(self, x: Tensor, marks: _Marks, states: Cache | CarriedRow | None) -> Tensor:
         state: Any = read_state(states, self.layer_idx, RECURRENCE)
-        if isinstance(self.mixer, HybridMixer):
+        if not isinstance(self.mixer, TimeMix):  # a hybrid mixer, perhaps inside an adapter
             mixed, state = self.mixer(x, state, **marks)
             write_state(states, self.layer_idx, RECURRENCE, state)
             return mixed
