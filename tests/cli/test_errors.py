@@ -100,7 +100,7 @@ def assert_one_line(finished: subprocess.CompletedProcess[str], message: str) ->
         ),
         (
             ["train", "--output", "out", "--training.learning_rate", "fast"],
-            "training.learning_rate (fast) must be a number",
+            "training.learning_rate (fast) must be a number or null",
         ),
         (
             ["train", "--output", "out", "--model.config", "5"],
@@ -195,7 +195,10 @@ def test_policy_past_the_context(refuses):
             b"model:\n  config:\n    hiden_size: 16\n",
             "model.config: unknown key 'hiden_size'; did you mean 'hidden_size'?",
         ),
-        (b"training:\n  learning_rate: fast\n", "training.learning_rate (fast) must be a number"),
+        (
+            b"training:\n  learning_rate: fast\n",
+            "training.learning_rate (fast) must be a number or null",
+        ),
         (
             b"- training\n",
             "the file given with --config must be a mapping of options; see i3lm train --help",
