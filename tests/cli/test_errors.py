@@ -146,7 +146,7 @@ def assert_one_line(finished: subprocess.CompletedProcess[str], message: str) ->
         ),
         (
             ["train", "--output", "out", "--training.precision", "fp8"],
-            "unknown precision 'fp8': use auto, fp32 or bf16",
+            "unknown precision 'fp8': use auto, fp32, bf16 or fp16",
         ),
         (
             ["train", "--output", "out", "--resume", "--overwrite"],
@@ -406,7 +406,7 @@ _KINDS = ".txt, .jsonl or .parquet files, a Hub name (owner/name), or a built-in
         (
             "one.txt",
             b"one document",
-            "no document falls into the held-out part with data.held_out_fraction 0.1: give more "
+            "no document falls into the held-out part with held_out_fraction 0.1: give more "
             "documents or another fraction",
         ),
     ],
@@ -422,7 +422,7 @@ def test_text_shorter_than_one_context(refuses):
     Path("short.txt").write_text(mark.join(["one", "two", "three", "four"]))
     refuses(
         [*TRAIN, "--data.source", "short.txt", "--data.held_out_fraction", "0.5"],
-        "the text has 7 tokens, and one row needs 33 (the context length and one more): give "
+        "the text has 5 tokens, and one row needs 33 (the context length and one more): give "
         "more text or a smaller context_length",
     )
 
@@ -681,10 +681,10 @@ def test_figures_of_the_best_model_that_cannot_be_read(
 def test_an_error_that_is_not_of_the_output_names_its_own_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def fail(self, index: int):
+    def fail(self):
         raise OSError(5, "Input/output error", "rows.bin")
 
-    monkeypatch.setattr("i3lm.data.tokens.ContiguousRows.__getitem__", fail)
+    monkeypatch.setattr("i3lm.data.rows.RowBatches.__next__", fail)
     assert main(["train", "--output", str(tmp_path / "out"), *TINY_TRAINING]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "i3lm train: error: [Errno 5] Input/output error: 'rows.bin'; --debug shows where"
@@ -711,7 +711,7 @@ def test_processes_end_with_one_line(i3lm: Process, tiny_run: Path, tmp_path: Pa
     assert_one_line(i3lm("trian"), "i3lm: error: unknown command 'trian'; did you mean 'train'?")
     assert_one_line(
         i3lm(*TRAIN, "--data.source", "no.txt", cwd=tmp_path),
-        f"i3lm train: error: no.txt: no such file; give a path to {_KINDS} (pydocs, stories)",
+        f"i3lm train: error: no.txt: no such file; give the path of {_KINDS} (pydocs, stories)",
     )
     assert_one_line(
         i3lm("generate", tiny_run, "--prompt", "x" * 33),

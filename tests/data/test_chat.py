@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 
 from i3lm.data.chat import as_messages, chat_segments, text_of
+from i3lm.data.corpora import load_corpus
+from i3lm.data.encoding import encode_batch, separator_ids
 from i3lm.errors import TokenizerError
-from i3lm.tokenizers import train_tokenizer
+from i3lm.tokenizers import ensure_chat_template, lowercases, render_chat, train_tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},
@@ -69,3 +71,21 @@ def test_templates_that_do_not_fit():
         chat_segments(MESSAGES, tokenizer_with(None))
     with pytest.raises(TokenizerError, match="writes earlier turns differently when a later one"):
         chat_segments(MESSAGES, tokenizer_with(FORGETFUL))
+
+
+@pytest.mark.parametrize("kind", ["character", "chunk", "bpe"])
+def test_answers_and_their_ends_are_learnt_and_nothing_else(kind: str):
+    texts = [*load_corpus("stories", size=300), render_chat(MESSAGES)]
+    tokenizer = train_tokenizer(kind, texts, vocab_size=400 if kind == "bpe" else None)
+    ensure_chat_template(tokenizer)
+    encoded = encode_batch([MESSAGES], tokenizer)
+    assert encoded.learnt is not None
+    learnt = tokenizer.decode(encoded.tokens[encoded.learnt])
+    end = tokenizer.eos_token or "\n"
+    expected = f" Hello{end} Farewell{end}"
+    assert learnt == (expected.lower() if lowercases(tokenizer) else expected)
+    # What asks for an answer is encoded as it is when the model answers.
+    asked = tokenizer.apply_chat_template(MESSAGES[:2], add_generation_prompt=True)["input_ids"]
+    start = len(separator_ids(tokenizer))
+    assert encoded.tokens[start : start + len(asked)].tolist() == asked
+    assert encoded.learnt[start + len(asked)]

@@ -8,12 +8,7 @@ from __future__ import annotations
 
 from i3lm.tokenizers.bpe import train_bpe_tokenizer
 from i3lm.tokenizers.character import train_character_tokenizer
-from i3lm.tokenizers.chat_template import (
-    ChatTokens,
-    encode_chat,
-    ensure_chat_template,
-    render_chat,
-)
+from i3lm.tokenizers.chat_template import ensure_chat_template, render_chat
 from i3lm.tokenizers.chunk import (
     build_chunk_tokenizer,
     read_original_chunk_tokenizer,
@@ -30,9 +25,7 @@ from i3lm.tokenizers.loading import (
 
 __all__ = [
     "TOKENIZER_KINDS",
-    "ChatTokens",
     "build_chunk_tokenizer",
-    "encode_chat",
     "encode_documents",
     "ensure_chat_template",
     "load_tokenizer",

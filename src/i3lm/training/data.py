@@ -21,6 +21,7 @@ from i3lm.data.streams import Documents, DocumentStream, ShuffledDocuments, Stre
 from i3lm.data.token_store import Progress, prepare_stores
 from i3lm.data.tokens import TokenizedText, join_texts, tokenize_documents
 from i3lm.errors import DataError
+from i3lm.tokenizers import ensure_chat_template, render_chat
 from i3lm.training.options import DataOptions, SourceOptions
 
 # Where a stream has no end, as many of its held-out documents are taken.
@@ -63,9 +64,11 @@ def training_texts(data: DataOptions, most: int | None = None) -> Iterator[str]:
         most: Most documents to take of each source.
     """
     for options in data.all_sources():
-        documents = (text_of(document) for document, _ in open_source(options).read())
-        kept = (text for text in documents if not is_held_out(text, data.held_out_fraction))
-        yield from islice(kept, most)
+        documents = (document for document, _ in open_source(options).read())
+        kept = (d for d in documents if not is_held_out(text_of(d), data.held_out_fraction))
+        for document in islice(kept, most):
+            # A vocabulary must hold what the plain template writes around the messages, too.
+            yield document if isinstance(document, str) else render_chat(document)
 
 
 def open_training_text(
@@ -88,7 +91,10 @@ def open_training_text(
 
     Raises:
         DataError: A source cannot be read, or has no document for one of the two parts.
+        TokenizerError: A source holds conversations, and the tokenizer cannot write them.
     """
+    if any(_holds_conversations(open_source(options)) for options in data.all_sources()):
+        ensure_chat_template(tokenizer)
     opened = [
         (_open_stream if data.streaming else _open_store)(data, options, tokenizer, seed, progress)
         for options in data.all_sources()
@@ -172,6 +178,11 @@ def _held_out(source: Source, fraction: float) -> Iterator[Document]:
     documents = (document for document, _ in source.read())
     held_out = (document for document in documents if is_held_out(text_of(document), fraction))
     return islice(held_out, STREAM_HELD_OUT)
+
+
+def _holds_conversations(source: Source) -> bool:
+    """Whether the first document is one."""
+    return any(not isinstance(document, str) for document, _ in islice(source.read(), 1))
 
 
 def _epochs(data: DataOptions) -> int | None:
