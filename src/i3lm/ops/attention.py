@@ -29,6 +29,9 @@ def _packed_tiles_refuse(device: torch.device, dtype: torch.dtype) -> str | None
     return None if device.type == "cpu" else f"runs on the CPU, not on {device.type}"
 
 
+# Softmax weights are kept for the backward pass up to so many bytes a call, else computed again.
+KEPT_BYTES = 16 * 2**20
+
 # Rows of batch and heads, queries, keys, and what the scores start from: 0, and minus infinity
 # where a query does not see a key.
 _Tile = tuple[slice, slice, slice, Tensor]
@@ -61,21 +64,28 @@ def _weights(query: Tensor, key: Tensor, hidden: Tensor) -> Tensor:
 
 
 class _CausalTiles(torch.autograd.Function):
-    """Causal attention by tiles of queries, (N, T, D) each; the backward pass recomputes them."""
+    """Causal attention by tiles of queries, (N, T, D) each."""
 
     @staticmethod
     def forward(ctx, query, key, value, first, heads):
         output = torch.empty_like(value)
+        N, T, _ = query.shape
+        weights_bytes = N * T * (T + TILE) // 2 * query.dtype.itemsize
+        keeps = first is None and weights_bytes <= KEPT_BYTES and any(ctx.needs_input_grad)
+        kept = []
         for n, rows, seen, hidden in _tiles(query, first, heads):
-            output[n, rows] = _weights(query[n, rows], key[n, seen], hidden) @ value[n, seen]
-        ctx.save_for_backward(query, key, value, first)
+            weights = _weights(query[n, rows], key[n, seen], hidden)
+            output[n, rows] = weights @ value[n, seen]
+            if keeps:
+                kept.append(weights)
+        ctx.save_for_backward(query, key, value, first, *kept)
         ctx.heads = heads
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, first = ctx.saved_tensors
+        query, key, value, first, *kept = ctx.saved_tensors
         scale = query.shape[2] ** -0.5
         grad_query = torch.empty_like(query)
         # Later tiles add to earlier keys: sums of many parts, hence no bfloat16.
@@ -83,8 +93,8 @@ class _CausalTiles(torch.autograd.Function):
             torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in (key, value)
         )
         with torch.autocast("cpu", enabled=False):
-            for n, rows, seen, hidden in _tiles(query, first, ctx.heads):
-                weights = _weights(query[n, rows], key[n, seen], hidden)
+            for i, (n, rows, seen, hidden) in enumerate(_tiles(query, first, ctx.heads)):
+                weights = kept[i] if kept else _weights(query[n, rows], key[n, seen], hidden)
                 grad_value[n, seen] += weights.mT @ grad[n, rows]
                 grad_weights = grad[n, rows] @ value[n, seen].mT
                 grad_scores = torch._softmax_backward_data(
