@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from i3lm.data.encoding import separator_ids
 from i3lm.data.tokens import join_texts, tokenize_documents
-from i3lm.tokenizers import train_tokenizer
+from i3lm.tokenizers import ensure_chat_template, train_tokenizer
 
 DOCUMENTS = ["one document", "another", "a third é"]
 
@@ -56,3 +56,16 @@ def test_joined_texts_are_the_text_of_all_documents(parts: list[list[str]]):
     assert joined.tokens.tolist() == whole.tokens.tolist()
     assert (joined.documents, joined.bytes) == (whole.documents, whole.bytes)
     assert joined.begins().tolist() == whole.begins().tolist()
+
+
+def test_only_answers_count_in_conversations():
+    talk = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "é"}]
+    tokenizer = train_tokenizer("bpe", DOCUMENTS, vocab_size=270)
+    ensure_chat_template(tokenizer)
+    text = tokenize_documents([talk], tokenizer)
+    assert text.learnt is not None
+    assert tokenizer.decode(text.tokens[text.learnt]) == f" é{tokenizer.eos_token}"
+    assert text.bytes == len(f" é{tokenizer.eos_token}".encode())
+    joined = join_texts([tokenize_documents(["abc"], tokenizer), text], tokenizer)
+    assert joined.learnt is not None
+    assert joined.learnt.sum() == len(joined.tokens) - len(text.tokens) + text.learnt.sum()

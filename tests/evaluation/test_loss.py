@@ -310,3 +310,12 @@ def test_separate_documents_score_as_each_alone():
     assert together.loss * together.tokens == pytest.approx(alone, rel=1e-5)
     run_on = evaluate_text(model, text, context_length=16)
     assert abs(run_on.loss * run_on.tokens - alone) > 1e-3
+
+
+def test_only_what_is_learnt_is_scored():
+    model = Bigram([[0.5, 0.5], [0.25, 0.75]])
+    learnt = np.array([True, False, False, True])
+    text = TokenizedText(np.array([0, 1, 1, 0], np.uint16), 1, 1, np.array([4], np.uint32), learnt)
+    evaluation = evaluate_text(model, text, context_length=2)
+    assert evaluation.tokens == 1
+    assert evaluation.loss == pytest.approx(-math.log(0.25), rel=1e-6)  # the last 1 -> 0 alone

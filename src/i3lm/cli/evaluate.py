@@ -8,7 +8,7 @@ from typing import Any
 def evaluate(
     checkpoint: str,
     data: str,
-    text_column: str = "text",
+    text_column: str | None = None,
     split: str = "train",
     size: int | None = None,
     held_out_fraction: float = 1.0,
@@ -29,8 +29,10 @@ def evaluate(
 
     Args:
         checkpoint: A checkpoint folder, or the output folder of a run (its best model).
-        data: A built-in corpus, a .txt, .jsonl or .parquet file, or a Hub name.
-        text_column: Where a record of a .jsonl or .parquet file holds its text.
+        data: A built-in corpus, a .txt, .jsonl or .parquet file, a folder or pattern of them, or a
+            Hub name. Of conversations, only the assistant's answers count.
+        text_column: Where a record holds its text or its conversation; by default the known column
+            of a known set, else text, messages or conversations.
         split: Which split of a Hub data set to read.
         size: Most documents to read; for stories, how many to write.
         held_out_fraction: Evaluate on this share of the documents, the same ones that a training
@@ -42,8 +44,10 @@ def evaluate(
         precision: fp32, bf16, fp16 or auto.
         json: Print the figures as one JSON object.
     """
+    import sys
+
     from i3lm.cli.running import print_json
-    from i3lm.data.sources import read_documents
+    from i3lm.data.sources import Source
     from i3lm.data.split import held_out_documents
     from i3lm.data.tokens import tokenize_documents
     from i3lm.device import resolve_device, resolve_precision
@@ -61,10 +65,13 @@ def evaluate(
         raise ConfigurationError(f"batch_size ({batch_size}) must be at least 1")
     model, tokenizer = load_checkpoint(checkpoint, where)
     context = choose_context_length(model, context_length, option="context_length")
-    documents = read_documents(data, text_column=text_column, split=split, size=size)
+    source = Source(data, text_column=text_column, split=split, size=size)
+    documents: Any = (document for document, _ in source.read())
     if held_out_fraction < 1:
         documents = held_out_documents(documents, held_out_fraction)
     text = tokenize_documents(documents, tokenizer)
+    if source.skipped:
+        print(source.skipped, file=sys.stderr)
     if text.documents == 0:
         raise DataError(
             f"{data}: no document falls into the held-out part with held_out_fraction "

@@ -13,7 +13,7 @@ def quantize(
     checkpoint: str,
     output: str,
     data: str = "stories",
-    text_column: str = "text",
+    text_column: str | None = None,
     split: str = "train",
     size: int | None = 50,
     json: bool = False,
@@ -31,14 +31,15 @@ def quantize(
         checkpoint: A checkpoint folder, or the output folder of a run (its best model).
         output: The folder to write; it must not hold anything yet.
         data: The text to measure bits per byte on, before and after: a built-in corpus, a .txt,
-            .jsonl or .parquet file, or a Hub name.
-        text_column: Where a record of a .jsonl or .parquet file holds its text.
+            .jsonl or .parquet file, a folder or pattern of them, or a Hub name.
+        text_column: Where a record holds its text or its conversation; by default the known column
+            of a known set, else text, messages or conversations.
         split: Which split of a Hub data set to read.
         size: Most documents to measure on; null means all.
         json: Print what was done as one JSON object.
     """
     from i3lm.cli.running import print_json
-    from i3lm.data.sources import read_documents
+    from i3lm.data.sources import Source
     from i3lm.data.tokens import tokenize_documents
     from i3lm.errors import CheckpointError
     from i3lm.evaluation import evaluate_text
@@ -57,7 +58,8 @@ def quantize(
         raise CheckpointError(f"{folder}: is an adapter: merge it into its base first: i3lm merge")
     before, tokenizer = load_checkpoint(folder)
     check_can_quantize(before.config, folder)
-    documents = read_documents(data, text_column=text_column, split=split, size=size)
+    source = Source(data, text_column=text_column, split=split, size=size)
+    documents: Any = (document for document, _ in source.read())
     text = tokenize_documents(documents, tokenizer)
     context = before.config.max_position_embeddings
     bits = [evaluate_text(before, text, context_length=context).bits_per_byte]

@@ -37,7 +37,8 @@ class Encoded:
     Attributes:
         tokens: The ids of all documents in order, each after a separator, shape (N,).
         lengths: Tokens of each document with its separator, shape (documents,), uint32.
-        bytes: UTF-8 bytes of each document's text, without separators, shape (documents,), int64.
+        bytes: UTF-8 bytes of what is learnt of each document, without separators, shape
+            (documents,), int64.
         learnt: Which tokens are to be learnt, shape (N,), bool; None for all of them.
     """
 
@@ -99,7 +100,7 @@ def encode_batch(documents: Sequence[Document], tokenizer: Any) -> Encoded:
     return Encoded(
         np.fromiter(chain.from_iterable(tokens), dtype=token_dtype(tokenizer)),
         np.array(lengths, dtype=np.uint32),
-        np.array([len(_utf8(document)) for document in documents], dtype=np.int64),
+        np.array([_learnt_bytes(part) for part in parts], dtype=np.int64),
         np.concatenate(learnt) if is_chat else None,
     )
 
@@ -124,8 +125,8 @@ class DocumentEncoder:
         return list(zip(tokens, masks, strict=True))
 
 
-def _utf8(document: Document) -> bytes:
-    return text_of(document).encode("utf-8", "surrogatepass")
+def _learnt_bytes(part: list[tuple[str, bool]]) -> int:
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text, learnt in part if learnt)
 
 
 def _split_long(text: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from i3lm.data.chat import Document, text_of
+from i3lm.data.chat import Document
 from i3lm.data.split import is_held_out
 from i3lm.errors import DataError, I3Error
 
@@ -443,7 +443,7 @@ def _read_chunks(
             chunk: list[Document] = []
             count = 0
             for document, cursor in source.read(place.cursor):
-                if is_held_out(text_of(document), held_out_fraction):
+                if is_held_out(document, held_out_fraction):
                     continue
                 chunk.append(document)
                 count += 1

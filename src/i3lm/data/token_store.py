@@ -23,7 +23,6 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-from i3lm.data.chat import text_of
 from i3lm.data.encoding import (
     Encoded,
     batches,
@@ -65,7 +64,7 @@ class TokenStore:
         fingerprint: Changes with the source, the tokenizer and the part.
         documents: Number of documents.
         tokens: Number of ids, separators included.
-        bytes: UTF-8 bytes of the documents, without separators.
+        bytes: UTF-8 bytes of what is learnt of the documents, without separators.
         dtype: uint16 or uint32.
         lengths: Ids of each document, shape (documents,), memory-mapped.
         skipped: The records of the source that held no document, as `Skipped.state_dict`.
@@ -120,13 +119,17 @@ class TokenStore:
 
         It is for the held-out part: two or four bytes of memory for each id.
         """
-        pieces = [
-            self._read_shard(index, 0, shard["tokens"], "tokens", self.dtype)
-            for index, shard in enumerate(self._shards)
-        ]
-        pieces.append(np.array(self._separator, dtype=self.dtype))
-        lengths = np.array(self.lengths)
-        return TokenizedText(np.concatenate(pieces), self.documents, self.bytes, lengths)
+        separator = np.array(self._separator, dtype=self.dtype)
+        tokens = np.concatenate([*self._whole("tokens", self.dtype), separator])
+        learnt = None
+        if self._has_mask:
+            unlearnt = np.zeros(len(separator), dtype=bool)
+            learnt = np.concatenate([*self._whole("learnt", np.dtype(bool)), unlearnt])
+        return TokenizedText(tokens, self.documents, self.bytes, np.array(self.lengths), learnt)
+
+    def _whole(self, kind: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        for index, shard in enumerate(self._shards):
+            yield self._read_shard(index, 0, shard["tokens"], kind, dtype)
 
     def _read(
         self, document: int, start: int, stop: int | None, kind: str, dtype: np.dtype
@@ -316,9 +319,7 @@ class _Preparation:
         self._complete(parts)
 
     def _write(self, batch: list[Any], encoded: Encoded, parts: list[_Writer]) -> None:
-        held_out = np.array(
-            [is_held_out(text_of(document), self.held_out_fraction) for document in batch]
-        )
+        held_out = np.array([is_held_out(document, self.held_out_fraction) for document in batch])
         for part, chosen in zip(parts, (~held_out, held_out), strict=True):
             with writing(part.folder):
                 part.append(encoded.part(chosen))

@@ -20,14 +20,17 @@ class TokenizedText:
         tokens: Token ids, shape (N,), uint16 or uint32. The stream begins with the separator,
             so that the first token of the first document is predicted from something too.
         documents: Number of documents.
-        bytes: UTF-8 bytes of the documents, without separators: what bits per byte divide by.
+        bytes: UTF-8 bytes of what is learnt, without separators: what bits per byte divide by.
         lengths: Tokens of each document with the separator before it, shape (documents,).
+        learnt: True where a token is to be learnt (of a conversation, what the assistant says),
+            shape (N,), bool; None means everywhere.
     """
 
     tokens: np.ndarray
     documents: int
     bytes: int
     lengths: np.ndarray
+    learnt: np.ndarray | None = None
 
     def begins(self) -> np.ndarray:
         """Where documents begin: True at the first token of their separator, shape (N,), bool."""
@@ -42,26 +45,38 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: Any) -> Tokeniz
 
     The stream is encoded a batch at a time and kept as two or four bytes a token.
     """
-    pieces: list[np.ndarray] = []
-    lengths: list[np.ndarray] = []
-    size = 0
-    for batch, _ in batches((document, None) for document in documents):
-        encoded = encode_batch(batch, tokenizer)
-        pieces.append(encoded.tokens)
-        lengths.append(encoded.lengths)
-        size += int(encoded.bytes.sum())
-    pieces.append(np.array(separator_ids(tokenizer), dtype=token_dtype(tokenizer)))
-    each = np.concatenate([np.zeros(0, np.uint32), *lengths])
-    return TokenizedText(np.concatenate(pieces), len(each), size, each)
+    batched = batches((document, None) for document in documents)
+    encoded = [encode_batch(batch, tokenizer) for batch, _ in batched]
+    separator = np.array(separator_ids(tokenizer), dtype=token_dtype(tokenizer))
+    learnt: np.ndarray | None = None
+    marks = [part.learnt for part in encoded if part.learnt is not None]
+    if marks:  # then all have them: texts and conversations do not mix
+        learnt = np.concatenate([*marks, np.zeros(len(separator), dtype=bool)])
+    lengths = np.concatenate([np.zeros(0, np.uint32), *(part.lengths for part in encoded)])
+    return TokenizedText(
+        np.concatenate([*(part.tokens for part in encoded), separator]),
+        len(lengths),
+        sum(int(part.bytes.sum()) for part in encoded),
+        lengths,
+        learnt,
+    )
 
 
 def join_texts(texts: Sequence[TokenizedText], tokenizer: Any) -> TokenizedText:
     """Gives several texts, tokenized by one tokenizer, as one."""
     separator = len(separator_ids(tokenizer))  # each text ends with one, and the next begins so
-    tokens = [text.tokens[:-separator] for text in texts[:-1]]
+    ends = [len(text.tokens) - separator for text in texts[:-1]] + [len(texts[-1].tokens)]
+    learnt = None
+    if any(text.learnt is not None for text in texts):
+        learnt = np.concatenate([_marks(text)[:end] for text, end in zip(texts, ends, strict=True)])
     return TokenizedText(
-        np.concatenate([*tokens, texts[-1].tokens]),
+        np.concatenate([text.tokens[:end] for text, end in zip(texts, ends, strict=True)]),
         sum(text.documents for text in texts),
         sum(text.bytes for text in texts),
         np.concatenate([text.lengths for text in texts]),
+        learnt,
     )
+
+
+def _marks(text: TokenizedText) -> np.ndarray:
+    return np.ones(len(text.tokens), dtype=bool) if text.learnt is None else text.learnt

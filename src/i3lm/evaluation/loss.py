@@ -14,6 +14,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn import functional as F
 
+from i3lm.data.rows import NOT_LEARNT
 from i3lm.data.tokens import TokenizedText
 from i3lm.device import autocast
 from i3lm.errors import ConfigurationError, DataError
@@ -64,7 +65,7 @@ def evaluate_text(
     precision: str = "fp32",
     separate_documents: bool = False,
 ) -> Evaluation:
-    """Gives the model's loss on every token of a text but the first.
+    """Gives the model's loss on every token of a text but the first (of those that are learnt).
 
     The stream is read in rows of `context_length` tokens that do not overlap, each from an empty
     state, so a token sees at most `context_length` tokens before it and the figure is an
@@ -82,7 +83,8 @@ def evaluate_text(
     Raises:
         DataError: The text has fewer than two tokens.
     """
-    if len(text.tokens) < 2 or text.bytes == 0:
+    learnt = len(text.tokens) - 1 if text.learnt is None else int(text.learnt[1:].sum())
+    if learnt < 1 or text.bytes == 0:
         raise DataError(
             f"the text has {text.bytes:,} bytes in {len(text.tokens):,} tokens, too few to "
             "evaluate on: give at least one document, two tokens with its separator"
@@ -95,17 +97,20 @@ def evaluate_text(
     nats, count = 0.0, 0
     try:
         for part in _rows(len(text.tokens), context_length, batch_size):
-            labels = _take(text.tokens, part + 1).to(device)
+            labels = _take(text.tokens, part + 1)
+            if text.learnt is not None:
+                labels.masked_fill_(~_take(text.learnt, part + 1), NOT_LEARNT)
+            counted = int((labels != NOT_LEARNT).sum())
             with autocast(device, precision):
                 mean = next_token_loss(
                     model,
                     _take(text.tokens, part).to(device),
-                    labels,
+                    labels.to(device),
                     in_pieces=in_pieces,
                     reset=None if begins is None else _take(begins, part).to(device),
                 )
-            nats += mean.item() * labels.numel()
-            count += labels.numel()
+            nats += mean.item() * counted
+            count += counted
     finally:
         model.train(was_training)
     loss = nats / count
@@ -162,7 +167,7 @@ def next_token_loss(
     logits = model(input_ids=input_ids, use_cache=False, **packing).logits
     logits = logits.flatten(0, 1).to(accumulation_dtype(logits.dtype))
     total = F.cross_entropy(logits, labels.flatten(), reduction="sum")
-    return total / (labels != -100).sum().clamp_min(1)
+    return total / (labels != NOT_LEARNT).sum().clamp_min(1)
 
 
 def _positions_in_documents(model: nn.Module, reset: torch.Tensor) -> torch.Tensor:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from i3lm.data.chat import Document, text_of
+from i3lm.data.chat import Document
 from i3lm.data.encoding import DocumentEncoder
 from i3lm.data.mixing import Mixture
 from i3lm.data.sources import Source
 from i3lm.data.sources.records import Skipped
-from i3lm.data.split import is_held_out
+from i3lm.data.split import held_out_documents, training_documents
 from i3lm.data.streams import Documents, DocumentStream, ShuffledDocuments, StreamedDocuments
 from i3lm.data.token_store import Progress, prepare_stores
 from i3lm.data.tokens import TokenizedText, join_texts, tokenize_documents
@@ -65,7 +65,7 @@ def training_texts(data: DataOptions, most: int | None = None) -> Iterator[str]:
     """
     for options in data.all_sources():
         documents = (document for document, _ in open_source(options).read())
-        kept = (d for d in documents if not is_held_out(text_of(d), data.held_out_fraction))
+        kept = training_documents(documents, data.held_out_fraction)
         for document in islice(kept, most):
             # A vocabulary must hold what the plain template writes around the messages, too.
             yield document if isinstance(document, str) else render_chat(document)
@@ -176,8 +176,7 @@ def _open_stream(
 
 def _held_out(source: Source, fraction: float) -> Iterator[Document]:
     documents = (document for document, _ in source.read())
-    held_out = (document for document in documents if is_held_out(text_of(document), fraction))
-    return islice(held_out, STREAM_HELD_OUT)
+    return islice(held_out_documents(documents, fraction), STREAM_HELD_OUT)
 
 
 def _holds_conversations(source: Source) -> bool:
