@@ -157,9 +157,8 @@ def _batches(run: Path) -> Path:
 def _position(run: Path) -> str:
     saved = [path.name for path in (run / "checkpoints").glob("*")]
     lines = run / "metrics.jsonl"
-    return (
-        f"{len(_lines(lines))} lines of metrics with {', '.join(sorted(saved)) or 'no checkpoint'}"
-    )
+    checkpoints = ", ".join(sorted(saved)) or "no checkpoint"
+    return f"{len(_lines(lines))} lines of metrics with {checkpoints}"
 
 
 def differences(straight: Path, killed: Path) -> list[str]:

@@ -99,8 +99,8 @@ class RowBatches:
     @property
     def epochs(self) -> float | None:
         """Passes over the documents that the rows so far make; None where that is not known."""
-        per_epoch = self.rows_per_epoch
-        return None if per_epoch is None else self._rows / per_epoch
+        tokens = self.documents.tokens_per_epoch
+        return None if tokens is None else self._rows * self.context_length / tokens
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self

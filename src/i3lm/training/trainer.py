@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from i3lm.data.mixing import Mixture
 from i3lm.data.rows import NOT_LEARNT, RowBatches
 from i3lm.data.tokens import TokenizedText
-from i3lm.errors import CheckpointError, DataError
+from i3lm.errors import CheckpointError, DataError, I3Error
 from i3lm.evaluation import Evaluation, evaluate_text, next_token_loss
 from i3lm.files import writing
 from i3lm.models.i3 import CarriedState, I3ForCausalLM
@@ -377,10 +377,10 @@ class I3Trainer(Trainer):
 
 @contextmanager
 def _readable(checkpoint: str | None) -> Iterator[None]:
-    """Turns whatever goes wrong while a checkpoint is read into a CheckpointError."""
+    """Turns what a library raises while a checkpoint is read into a CheckpointError."""
     try:
         yield
-    except CheckpointError:
+    except I3Error:
         raise
     except Exception as error:  # safetensors, torch, pickle and zip each raise their own
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
