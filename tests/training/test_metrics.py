@@ -54,7 +54,8 @@ def test_waiting_for_data_is_counted_beside_the_steps(monkeypatch: pytest.Monkey
 
 
 def begin(callback: MetricsFile, step: int) -> None:
-    callback.on_train_begin(None, TrainerState(global_step=step), None)
+    history = [{"step": n, "loss": 3.0 - n} for n in range(step + 1)]
+    callback.on_train_begin(None, TrainerState(global_step=step, log_history=history), None)
 
 
 def test_a_run_that_goes_back_drops_later_lines(tmp_path: Path):
@@ -65,6 +66,12 @@ def test_a_run_that_goes_back_drops_later_lines(tmp_path: Path):
     begin(resumed, step=1)
     assert path.read_text() == "\n".join(lines[:2]) + "\n"
     assert resumed.tracker.best == 2.0
+    # The checkpoint of a step may be older than a line of it.
+    restored = json.dumps({"step": 1, "restored_from_step": 2})
+    evaluated = json.dumps({"step": 1, "eval_loss": 2.0})
+    path.write_text("\n".join([*lines[:2], restored, evaluated]) + "\n")
+    begin(resumed, step=1)
+    assert path.read_text() == "\n".join([*lines[:2], restored]) + "\n"
     begin(resumed, step=0)
     assert path.read_text() == ""
     assert resumed.tracker.best == math.inf

@@ -112,6 +112,20 @@ class Mixture:
 
         return max(running, key=deficit)
 
+    def shares(self) -> dict[str, float]:
+        """Gives each stream's part of all tokens so far."""
+        total = max(1, sum(progress.tokens for progress in self.progress.values()))
+        return {name: progress.tokens / total for name, progress in self.progress.items()}
+
+    def epochs(self) -> dict[str, float]:
+        """Gives the passes over each stream so far, whole ones where its length is not known."""
+        return {
+            name: progress.tokens / tokens
+            if (tokens := self.streams[name].tokens_per_epoch)
+            else float(progress.epoch)
+            for name, progress in self.progress.items()
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Gives the position of every stream, and what each has given."""
         return {

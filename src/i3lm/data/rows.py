@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -84,7 +85,7 @@ class RowBatches:
             "rows_per_batch": batch_size * world,
             "documents": documents.settings,
         }
-        self._batches, self._ended = 0, False
+        self._batches, self._rows, self._ended = 0, 0, False
         lines = batch_size * world if rows == "stream" else 1
         self._lines = [_Line(documents) for _ in range(lines)]
         self._state = self._position()
@@ -94,6 +95,12 @@ class RowBatches:
         """Rows that one pass over the documents fills; None where its length is not known."""
         tokens = self.documents.tokens_per_epoch
         return None if tokens is None else (tokens - 1) // self.context_length
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the documents that the rows so far make; None where that is not known."""
+        tokens = self.documents.tokens_per_epoch
+        return None if tokens is None else self._rows * self.context_length / tokens
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self
@@ -107,16 +114,20 @@ class RowBatches:
                 f"the text fills {len(rows)} rows of {self.context_length:,} tokens, and each of "
                 f"{self.world} processes needs one: give more text, or use fewer processes"
             )
-        self._batches += 1
+        self._count(rows)
         self._state = self._position()
         return {**self._gather(rows[self.rank :: self.world]), "cursor": self._state}
 
     def skip_batches(self, batches: int) -> None:
-        """Goes as many batches further, without giving them."""
-        for _ in range(batches):
-            self._plan()
-            self._batches += 1
+        """Goes as many batches further, or to the end, without giving them."""
+        with contextlib.suppress(StopIteration):
+            for _ in range(batches):
+                self._count(self._plan())
         self._state = self._position()
+
+    def _count(self, rows: list[list[Piece]]) -> None:
+        self._batches += 1
+        self._rows += len(rows)
 
     def _plan(self) -> list[list[Piece]]:
         """Cuts the rows of the next batch of all processes."""
@@ -178,6 +189,7 @@ class RowBatches:
         return {
             "settings": self.settings,
             "batches": self._batches,
+            "rows": self._rows,
             "documents": self.documents.state_dict(),
             "lines": [[refer(piece) for piece in line.pieces] for line in self._lines],
         }
@@ -205,7 +217,8 @@ class RowBatches:
                 "resume with the settings of that run, or start a new run"
             )
         self.documents.load_state_dict(state["documents"])
-        self._batches, self._ended, self.dropped_tokens = state["batches"], False, 0
+        self._batches, self._rows = state["batches"], state["rows"]
+        self._ended, self.dropped_tokens = False, 0
         self._lines = [
             _Line(self.documents, [self.documents.recall(note) for note in notes])
             for notes in state["lines"]

@@ -58,6 +58,12 @@ def train_guarded(
                 record = {"step": checkpoint_step(checkpoint), "restored_from_step": found.step}
                 append_line(metrics, json.dumps({**record, "reason": found.where}))
                 trainer.skip_data(found.step)
+        if trainer.data_ended:
+            report(
+                f"the sources ended at step {trainer.state.global_step} of "
+                f"{trainer.state.max_steps}: the run ends here"
+            )
+            return
         stop.check(trainer.state.global_step, trainer.state.max_steps)
 
 

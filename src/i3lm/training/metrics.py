@@ -121,6 +121,7 @@ class MetricsFile(TrainerCallback):
         """Goes back to the step at which the training begins."""
         self.tracker = PerplexityTracker()
         records = read_records(self.path, state.global_step) if state.global_step else []
+        records = [record for record in records if _is_known(record, state)]
         for record in records:
             if "loss" in record:
                 self.tracker.update(record["loss"])
@@ -180,6 +181,16 @@ class MetricsFile(TrainerCallback):
         if self.utilization is not None:
             figures["mfu"] = round(timer.tokens_per_second * self.utilization, 4)
         return figures
+
+
+def _is_known(record: dict[str, Any], state: TrainerState) -> bool:
+    """Whether a line is older than the checkpoint: some steps are logged after they are saved."""
+    if record["step"] < state.global_step:
+        return True
+    kinds = {"loss", "eval_loss"} & record.keys()
+    return not kinds or any(
+        line["step"] == record["step"] and kinds <= line.keys() for line in state.log_history
+    )
 
 
 def _plain(logs: dict[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _saved_options(output: Path) -> dict[str, Any] | None:
     return saved if is_run else None
 
 
-_MAY_CHANGE = {
+_MAY_CHANGE = {("data", "workers"), ("data", "cache")} | {
     ("training", name)
     for name in (
         "device",

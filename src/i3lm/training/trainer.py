@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from i3lm.data.mixing import Mixture
 from i3lm.data.rows import NOT_LEARNT, RowBatches
 from i3lm.data.tokens import TokenizedText
-from i3lm.errors import CheckpointError
+from i3lm.errors import CheckpointError, DataError, I3Error
 from i3lm.evaluation import Evaluation, evaluate_text, next_token_loss
 from i3lm.files import writing
 from i3lm.models.i3 import CarriedState, I3ForCausalLM
@@ -48,6 +49,9 @@ class I3Trainer(Trainer):
         configuration: The options of the run as YAML, kept with every checkpoint.
         stateful: By name, what else a checkpoint keeps and a resumed run is given back.
         kwargs: Everything else that `Trainer` takes.
+
+    Attributes:
+        data_ended: Whether the sources ended before the last step.
     """
 
     optimizer: Any
@@ -78,6 +82,7 @@ class I3Trainer(Trainer):
         # Steps whose data were passed over, and the step whose data are the last of those.
         self.skipped_steps = 0
         self._skip_to: int | None = None
+        self.data_ended, self._saved_step = False, 0
         self.held_out, self.precision, self.timer = held_out, precision, timer
         # The Trainer counts the labels of a step, over all its batches and processes. Ours are
         # one step ahead already.
@@ -109,7 +114,9 @@ class I3Trainer(Trainer):
         )
         if num_items_in_batch is not None:
             counted = (inputs["labels"] != NOT_LEARNT).sum()
-            loss = loss * (counted / num_items_in_batch * self.args.world_size)
+            # No label of a step counts where it has nothing but prompts.
+            every = torch.as_tensor(num_items_in_batch).clamp(min=1)
+            loss = loss * counted / every * self.args.world_size
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -148,15 +155,24 @@ class I3Trainer(Trainer):
         return metrics
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Collects the batches of a step, on the clock."""
+        """Collects the batches of a step, on the clock; a step that they do not fill is none."""
         began = time.perf_counter()
         batches, count = super().get_batch_samples(*args, **kwargs)
+        if len(batches) < self.args.gradient_accumulation_steps:
+            self.data_ended = self.control.should_training_stop = True
+            return [], None
         self.timer.waited(time.perf_counter() - began)
         for batch in batches:
             del batch["cursor"]  # that of the last one is where `rows` stands
-        if not batches:
-            self.control.should_training_stop = True  # the sources have ended
         return batches, count
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds how often the text was seen, and each source's share of it, to a line of the log."""
+        self.state.epoch = self.rows.epochs
+        if "loss" in logs and isinstance(documents := self.rows.documents, Mixture):
+            logs |= {f"share/{name}": share for name, share in documents.shares().items()}
+            logs |= {f"epochs/{name}": epochs for name, epochs in documents.epochs().items()}
+        super().log(logs, start_time)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass."""
@@ -231,6 +247,7 @@ class I3Trainer(Trainer):
             with _readable(resume_from_checkpoint):
                 for name, stateful in self.stateful.items():
                     stateful.load_state_dict(load_state(Path(resume_from_checkpoint), name))
+            self._saved_step = self.state.global_step
             self._skip()
         return position
 
@@ -257,8 +274,30 @@ class I3Trainer(Trainer):
         # A resumed run that was at its end already would take one step more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(**kwargs)
+            return
+        super()._run_epoch(**kwargs)
+        if self.data_ended:
+            self._end_with_the_data(kwargs["model"])
+
+    def _end_with_the_data(self, model: nn.Module) -> None:
+        """Does what else follows the last step, after which nobody knew that it was the last.
+
+        Raises:
+            DataError: There was no step.
+        """
+        step = self.state.global_step
+        if step == 0:
+            raise DataError(
+                "the sources end before they fill one step of "
+                f"{self.args.gradient_accumulation_steps} batches: give more text, or a smaller "
+                "training.batch_size or training.gradient_accumulation_steps"
+            )
+        history = self.state.log_history
+        evaluated = any("eval_loss" in line and line["step"] == step for line in history)
+        self.control.should_log = True
+        self.control.should_evaluate = not evaluated
+        self.control.should_save = self._saved_step != step
+        self._maybe_log_save_evaluate(self._tr_loss, None, model, None, 0, None, 0.0)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._written or super()._get_output_dir(trial))
@@ -284,6 +323,7 @@ class I3Trainer(Trainer):
                 if self.args.should_save:
                     publish_checkpoint(written, checkpoint)
                     rotate_checkpoints(checkpoint.parent, self.args.save_total_limit)
+            self._saved_step = self.state.global_step
         finally:
             if self.args.should_save:
                 shutil.rmtree(self._written, ignore_errors=True)
@@ -337,10 +377,10 @@ class I3Trainer(Trainer):
 
 @contextmanager
 def _readable(checkpoint: str | None) -> Iterator[None]:
-    """Turns whatever goes wrong while a checkpoint is read into a CheckpointError."""
+    """Turns what a library raises while a checkpoint is read into a CheckpointError."""
     try:
         yield
-    except CheckpointError:
+    except I3Error:
         raise
     except Exception as error:  # safetensors, torch, pickle and zip each raise their own
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
