@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from i3lm.layers import HybridMixer
@@ -100,7 +101,8 @@ def spectral_radius(model: nn.Module) -> float | None:
     matrices = [m.A.detach() for m in model.modules() if isinstance(m, HybridMixer)]
     if not matrices:
         return None
-    A = torch.stack(matrices).float().cpu()  # (layers, N, N)
+    whole = [A.full_tensor() if isinstance(A, DTensor) else A for A in matrices]
+    A = torch.stack(whole).float().cpu()  # (layers, N, N)
     if not A.isfinite().all():
         return math.inf
     return float(torch.linalg.eigvals(A).abs().max())
