@@ -28,6 +28,9 @@ class NonFiniteError(Exception):
         self.step, self.where = step, where
 
 
+ALL_FINITE = "going through the step again, every number is finite: it overflowed in their sum"
+
+
 def find_non_finite(
     model: nn.Module, batches: Sequence[Any], loss_of: Callable[[Any], Tensor]
 ) -> str:
@@ -55,7 +58,7 @@ def find_non_finite(
         for name, parameter in reversed(list(model.named_parameters())):
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return f"the gradient of {name} is the first that is not finite"
-    return "going through the step again, every number is finite: it overflowed in their sum"
+    return ALL_FINITE
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from i3lm.training.checkpoints import (
     rotate_checkpoints,
     save_states,
 )
-from i3lm.training.guards import NonFiniteError, find_non_finite
+from i3lm.training.guards import ALL_FINITE, NonFiniteError, find_non_finite
 from i3lm.training.metrics import StepTimer
 from i3lm.training.optimizers import make_optimizer
 from i3lm.training.sharding import shard_model, shard_optimizer, whole_weights
@@ -188,11 +188,19 @@ class I3Trainer(Trainer):
         batches, self._batches = self._batches, []
         if math.isfinite(grad_norm) or self._scaler_still_adapts():
             return grad_norm
+        raise NonFiniteError(self.state.global_step + 1, self._find_non_finite(batches))
+
+    def _find_non_finite(self, batches: list[dict[str, Tensor]]) -> str:
+        """Where the first number that is not finite comes from, in any process."""
+        if self.is_sharded:
+            # Every pass needs all processes, and each would end the search at a place of its own.
+            return "where it comes from is not looked for with training.sharding full"
         inputs = [self._prepare_inputs(batch) for batch in batches]
         where = find_non_finite(
             self.model, inputs, lambda batch: self.compute_loss(self.model, batch)
         )
-        raise NonFiniteError(self.state.global_step + 1, where)
+        places = from_all(where)
+        return next((place for place in places if place != ALL_FINITE), where)
 
     def _scaler_still_adapts(self) -> bool:
         """Whether the loss scaler handles overflows: it leaves such steps out and scales less."""
