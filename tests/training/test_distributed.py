@@ -114,6 +114,10 @@ def one_thread_here():
     torch.set_num_threads(before)
 
 
+STREAM = [*STORIES, "--data.rows", "stream"]
+SHARDED = [*STREAM, "--training.sharding", "full"]
+
+
 @pytest.fixture(scope="module")
 def two(
     tmp_path_factory: pytest.TempPathFactory,
@@ -121,26 +125,40 @@ def two(
     chat: list[str],
     process_environment: dict[str, str],
 ) -> dict[str, Path]:
-    """The same runs of two processes, and some that go on where one process stopped."""
+    """The same runs of two processes, and one that goes on where one process stopped."""
     folder = tmp_path_factory.mktemp("two")
-    stream, sharded = [*STORIES, "--data.rows", "stream"], ["--training.sharding", "full"]
+    stopped(one["stream"], folder / "resumed")
     runs = {
         "contiguous": STORIES,
         "packed": chat,
-        "stream": stream,
-        "sharded": [*stream, *sharded],
-        "resumed": [*stream, "--resume"],
-        "resumed_sharded": [*stream, *sharded, "--resume"],
+        "stream": STREAM,
+        "resumed": [*STREAM, "--resume"],
     }
-    for name in ("resumed", "resumed_sharded"):
-        stopped(one["stream"], folder / name)
+    return train_two(folder, runs, process_environment)
+
+
+@pytest.fixture(scope="module")
+def shards(
+    tmp_path_factory: pytest.TempPathFactory,
+    one: dict[str, Path],
+    process_environment: dict[str, str],
+) -> dict[str, Path]:
+    """Runs of two processes that share the weights."""
+    folder = tmp_path_factory.mktemp("shards")
+    stopped(one["stream"], folder / "resumed")
+    runs = {"stream": SHARDED, "resumed": [*SHARDED, "--resume"]}
+    return train_two(folder, runs, process_environment)
+
+
+def train_two(
+    folder: Path, runs: dict[str, list[str]], environment: dict[str, str]
+) -> dict[str, Path]:
+    """Trains in two processes, and gives the runs and files with what the processes said."""
     commands = [
         ["--output", str(folder / name), *OPTIONS, *more, *rows(4)] for name, more in runs.items()
     ]
     (folder / "commands.json").write_text(json.dumps(commands))
-    finished = torchrun(
-        ["tests.training.several_runs", folder / "commands.json"], process_environment
-    )
+    finished = torchrun(["tests.training.several_runs", folder / "commands.json"], environment)
     assert finished.returncode == 0, finished.stderr
     (folder / "stderr").write_text(finished.stderr)
     (folder / "stdout").write_text(finished.stdout)
@@ -160,40 +178,33 @@ def test_two_processes_train_as_one(kind: str, one: dict[str, Path], two: dict[s
     assert_same_run(two[kind], one[kind])
 
 
-def test_sharded_processes_train_as_one(one: dict[str, Path], two: dict[str, Path]):
-    assert_same_run(two["sharded"], one["stream"])
-
-
-@pytest.mark.parametrize("run", ["resumed", "resumed_sharded"])
-def test_two_processes_go_on_where_one_stopped(
-    run: str, one: dict[str, Path], two: dict[str, Path]
-):
-    assert_same_run(two[run], one["stream"])
+def test_two_processes_go_on_where_one_stopped(one: dict[str, Path], two: dict[str, Path]):
+    assert_same_run(two["resumed"], one["stream"])
     assert "checkpoint-4 was saved by 1 processes, and now there are 2" in (
         two["stderr"].read_text()
     )
 
 
-@pytest.mark.parametrize("kind", ["packed", "stream", "sharded"])
+@pytest.mark.parametrize("kind", ["packed", "stream"])
 def test_one_process_goes_on_where_two_stopped(
     kind: str, one: dict[str, Path], two: dict[str, Path], chat: list[str], tmp_path: Path, capfd
 ):
     stopped(two[kind], tmp_path / "run")
-    data = chat if kind == "packed" else [*STORIES, "--data.rows", "stream"]
+    data = chat if kind == "packed" else STREAM
     command = ["train", "--output", str(tmp_path / "run"), *OPTIONS, *data, "--resume"]
     assert main([*command, *rows(4)]) == 2
     assert "the run was begun with 8 rows per batch, and now 1 processes of " in (
         capfd.readouterr().err
     )
     assert main([*command, *rows(8)]) == 0
-    assert_same_run(tmp_path / "run", one["stream" if kind == "sharded" else kind])
+    assert_same_run(tmp_path / "run", one[kind])
 
 
 def test_one_process_speaks_and_writes(two: dict[str, Path]):
     said = two["stderr"].read_text().splitlines()
-    assert sum("step      8/8  loss" in line for line in said) == 6
+    assert sum("step      8/8  loss" in line for line in said) == 4
     results = [line for line in two["stdout"].read_text().splitlines() if "model: " in line]
-    assert len(results) == 6
+    assert len(results) == 4
     run = two["stream"]
     assert yaml.safe_load((run / "config.yaml").read_text())["training"]["batch_size"] == 4
     assert len((run / "samples.jsonl").read_text().splitlines()) == 1
@@ -203,16 +214,24 @@ def test_one_process_speaks_and_writes(two: dict[str, Path]):
     assert len(list((run / "checkpoints" / "checkpoint-4").glob("rng_state_*.pth"))) == 2
 
 
-def test_a_checkpoint_of_shards_is_whole(two: dict[str, Path]):
-    names = {
-        kind: {path.name for path in (two[kind] / "checkpoints" / "checkpoint-8").iterdir()}
-        for kind in ("stream", "sharded")
-    }
-    assert names["sharded"] == names["stream"]
-    states = [
-        torch.load(two[kind] / "checkpoints" / "checkpoint-8" / "optimizer.pt")["state"]
-        for kind in ("sharded", "stream")
-    ]
+@pytest.mark.parametrize("run", ["stream", "resumed"])
+def test_shards_train_as_one(run: str, one: dict[str, Path], shards: dict[str, Path]):
+    assert_same_run(shards[run], one["stream"])
+
+
+def test_one_process_goes_on_where_shards_stopped(
+    one: dict[str, Path], shards: dict[str, Path], tmp_path: Path
+):
+    stopped(shards["stream"], tmp_path / "run")
+    assert main(["train", "--output", str(tmp_path / "run"), *OPTIONS, *SHARDED, "--resume",
+                 *rows(8)]) == 0  # fmt: skip
+    assert_same_run(tmp_path / "run", one["stream"])
+
+
+def test_a_checkpoint_of_shards_is_whole(two: dict[str, Path], shards: dict[str, Path]):
+    whole, gathered = (runs["stream"] / "checkpoints" / "checkpoint-8" for runs in (two, shards))
+    assert {path.name for path in gathered.iterdir()} == {path.name for path in whole.iterdir()}
+    states = [torch.load(folder / "optimizer.pt")["state"] for folder in (gathered, whole)]
     torch.testing.assert_close(*states, rtol=0, atol=1e-5)
 
 

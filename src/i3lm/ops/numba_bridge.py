@@ -45,7 +45,12 @@ def match_threads() -> int:
 def as_arrays(*tensors: Tensor | None) -> list[np.ndarray]:
     """The tensors as contiguous arrays; None becomes an empty (0, 0) mark."""
     nothing = np.zeros((0, 0), np.bool_)
-    return [nothing if x is None else np.asarray(_Memory(x.contiguous())) for x in tensors]
+    return [nothing if x is None else as_array(x) for x in tensors]
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The tensor as a contiguous array, over the same memory where it is contiguous itself."""
+    return np.asarray(_Memory(tensor.contiguous()))
 
 
 class _Memory:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,10 @@ class I3Trainer(Trainer):
         if self.carried_state is not None:
             self.carried_state.advance()
         return loss
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Sharded gradients are summed after every batch: kept whole, they would not fit."""
+        return nullcontext()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the gradients; a step whose norm is not finite is not taken.
