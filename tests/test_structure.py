@@ -14,7 +14,7 @@ import i3lm
 ROOT = Path(i3lm.__file__).parent
 # A row may import from itself and from the rows above it.
 ROWS = [
-    {"errors", "device", "files"},
+    {"errors", "device", "files", "processes"},
     {"ops"},
     {"layers"},
     {"models"},

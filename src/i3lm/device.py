@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import random
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -129,8 +128,3 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # from malloc.h
     return bool(mallopt(mmap_threshold, most) and mallopt(trim_threshold, most))
-
-
-def process_rank() -> tuple[int, int]:
-    """The number of this process and how many there are, as launchers such as torchrun say it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -40,6 +40,10 @@ class GenerationError(I3Error, ValueError):
     """A prompt or sampling setting that generation cannot follow."""
 
 
+class ProcessError(I3Error):
+    """A process of a run that went away while the others waited for it."""
+
+
 class SessionError(I3Error):
     """A saved conversation that is missing, damaged, or of another model."""
 

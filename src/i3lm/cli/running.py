@@ -37,11 +37,15 @@ def run_command(name: str, function: Callable[..., Any], arguments: list[str]) -
     except SystemExit as stop:  # how the parser ends after --help
         return int(stop.code or 0)
     except Interrupted as stop:
-        print(f"i3lm {name}: {stop}", file=sys.stderr)
+        _say(f"i3lm {name}: {stop}")
         return 128 + stop.number
     except KeyboardInterrupt:
-        print(f"i3lm {name}: interrupted", file=sys.stderr)
+        _say(f"i3lm {name}: interrupted")
         return 130
+    except Exception:
+        if _speaks():
+            raise
+        return 1
     return status or 0
 
 
@@ -53,8 +57,22 @@ def print_json(content: Any) -> None:
 def _fail(name: str, message: str, debug: bool) -> int:
     if debug:
         raise
-    print(f"i3lm {name}: error: {_one_line(message)}", file=sys.stderr)
+    _say(f"i3lm {name}: error: {_one_line(message)}")
     return 2
+
+
+def _say(line: str) -> None:
+    if _speaks():
+        print(line, file=sys.stderr, flush=True)
+
+
+def _speaks() -> bool:
+    """Whether it is for this process to say what went wrong, where a launcher started several."""
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    from i3lm.processes import is_first_to_fail
+
+    return is_first_to_fail()
 
 
 # Parameters given by place rather than by name.

@@ -51,6 +51,7 @@ def train(
     from rich.console import Console
 
     from i3lm.cli.running import print_json
+    from i3lm.processes import is_first
     from i3lm.training.options import RunOptions
 
     # With WANDB_MODE=offline, transformers prints a line when it is imported.
@@ -60,10 +61,12 @@ def train(
     result = run_training(
         Path(output),
         RunOptions(model, tokenizer, data, training, sample, adapter),
-        console=Console(stderr=True),
+        console=Console(stderr=True, quiet=not is_first()),
         resume=resume,
         overwrite=overwrite,
     )
+    if not is_first():
+        return
     if json:
         print_json({
             "output": str(result.output), "parameters": result.parameters,

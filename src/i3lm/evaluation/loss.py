@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from i3lm.errors import ConfigurationError, DataError
 from i3lm.models.i3 import CarriedState, I3ForCausalLM
 from i3lm.models.i3.packing_i3 import document_starts
 from i3lm.ops.dispatch import accumulation_dtype
+from i3lm.processes import from_all, process_rank
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def evaluate_text(
     batch_size: int = 16,
     precision: str = "fp32",
     separate_documents: bool = False,
+    shared: bool = False,
 ) -> Evaluation:
     """Gives the model's loss on every token of a text but the first (of those that are learnt).
 
@@ -79,6 +82,8 @@ def evaluate_text(
         precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
         separate_documents: Whether nothing passes from one document to the next, as in training
             on packed rows and streams.
+        shared: Whether all processes of a run are here and share the batches. All of them get
+            the same figures, from sums in the order in which one process alone adds them.
 
     Raises:
         DataError: The text has fewer than two tokens.
@@ -94,9 +99,13 @@ def evaluate_text(
     was_training = model.training
     model.eval()
     begins = text.begins() if separate_documents else None
-    nats, count = 0.0, 0
+    rank, world = process_rank() if shared else (0, 1)
+    parts = _rows(len(text.tokens), context_length, batch_size)
+    sums: list[tuple[float, int]] = []  # of this process: nats and labels of each batch
     try:
-        for part in _rows(len(text.tokens), context_length, batch_size):
+        while batches := list(islice(parts, world)):
+            # A process that has none left goes along: together they may hold the weights.
+            part = batches[min(rank, len(batches) - 1)]
             labels = _take(text.tokens, part + 1)
             if text.learnt is not None:
                 labels.masked_fill_(~_take(text.learnt, part + 1), NOT_LEARNT)
@@ -109,10 +118,14 @@ def evaluate_text(
                     in_pieces=in_pieces,
                     reset=None if begins is None else _take(begins, part).to(device),
                 )
-            nats += mean.item() * counted
-            count += counted
+            sums.append((mean.item() * counted, counted) if rank < len(batches) else (0.0, 0))
     finally:
         model.train(was_training)
+    in_order = zip(*(from_all(sums) if shared else [sums]), strict=True)
+    nats, count = 0.0, 0
+    for batch_nats, labels_of_batch in chain.from_iterable(in_order):
+        nats += batch_nats
+        count += labels_of_batch
     loss = nats / count
     return Evaluation(
         loss=loss,

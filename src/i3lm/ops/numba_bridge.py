@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numba
@@ -45,7 +45,37 @@ def match_threads() -> int:
 def as_arrays(*tensors: Tensor | None) -> list[np.ndarray]:
     """The tensors as contiguous arrays; None becomes an empty (0, 0) mark."""
     nothing = np.zeros((0, 0), np.bool_)
-    return [nothing if x is None else x.detach().contiguous().numpy() for x in tensors]
+    return [nothing if x is None else as_array(x) for x in tensors]
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The tensor as a contiguous array, over the same memory where it is contiguous itself."""
+    return np.asarray(_Memory(tensor.contiguous()))
+
+
+class _Memory:
+    """What NumPy needs to see a tensor's memory as an array.
+
+    `Tensor.numpy` fixes the size of that memory for good, and weights that are spread over
+    processes (FSDP2) are freed and gathered again all the time.
+    """
+
+    __slots__ = ("__array_interface__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor  # as long as the array lives
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "typestr": _type_of(tensor.dtype),
+            "version": 3,
+        }
+
+
+@cache
+def _type_of(dtype: torch.dtype) -> str:
+    """What NumPy calls a type."""
+    return np.dtype(str(dtype).removeprefix("torch.")).str
 
 
 # A kernel keeps what one step touches as rows of one small array: a loop over many arrays that

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
+from i3lm.processes import process_rank
 from i3lm.training.options import TrainingOptions
 from i3lm.training.tracking import run_names
 
@@ -24,10 +25,12 @@ class OneDeviceArguments(TrainingArguments):
         asked_device: The device, such as ``cuda:1``. Where a launcher started several processes,
             each has a device of its own, and this is not read.
         optimizer: The name of the optimizer, one of `i3lm.training.options.OPTIMIZERS`.
+        sharded: Whether the processes share weights, gradients and optimizer states.
     """
 
     asked_device: str = field(default="cpu", metadata={"help": "The one device to use."})
     optimizer: str = field(default="adamw", metadata={"help": "adamw or muon."})
+    sharded: bool = field(default=False, metadata={"help": "One shard per process (FSDP2)."})
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +73,8 @@ def training_arguments(
     return OneDeviceArguments(
         asked_device=str(device),
         optimizer=training.optimizer,
+        # One process has all of it in any case.
+        sharded=training.sharding == "full" and process_rank()[1] > 1,
         output_dir=str(output / "checkpoints"),
         project=run_names(output)[0],
         run_name=run_names(output)[1],

@@ -117,6 +117,8 @@ def _clock(seconds: float) -> str:
 class SampleWriter(TrainerCallback):
     """Continues a prompt every so many steps, on the console and in a JSON lines file.
 
+    Where several processes share a model, each of them takes part, and the first one writes.
+
     Args:
         console: Where to print.
         path: The file.
@@ -140,7 +142,7 @@ class SampleWriter(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Drops samples of steps after the one at which the training begins."""
-        if self.path.exists():
+        if self.path.exists() and state.is_world_process_zero:
             write_records(self.path, read_records(self.path, state.global_step))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -149,7 +151,8 @@ class SampleWriter(TrainerCallback):
             return
         completion = self.generator.complete(self.prompt, self.options)
         record = {"step": state.global_step, "prompt": self.prompt, "text": completion.text}
-        append_line(self.path, json.dumps(record, ensure_ascii=False))
+        if state.is_world_process_zero:
+            append_line(self.path, json.dumps(record, ensure_ascii=False))
         text = " ".join((self.prompt + completion.text).split())
         self.console.print(
             f"step {state.global_step:>6}  sample: {text}", highlight=False, markup=False

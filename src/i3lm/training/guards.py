@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from i3lm.layers import HybridMixer
@@ -25,6 +26,9 @@ class NonFiniteError(Exception):
     def __init__(self, step: int, where: str) -> None:
         super().__init__(f"step {step}: the gradient is not finite: {where}")
         self.step, self.where = step, where
+
+
+ALL_FINITE = "going through the step again, every number is finite: it overflowed in their sum"
 
 
 def find_non_finite(
@@ -54,7 +58,7 @@ def find_non_finite(
         for name, parameter in reversed(list(model.named_parameters())):
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return f"the gradient of {name} is the first that is not finite"
-    return "going through the step again, every number is finite: it overflowed in their sum"
+    return ALL_FINITE
 
 
 @contextmanager
@@ -100,7 +104,8 @@ def spectral_radius(model: nn.Module) -> float | None:
     matrices = [m.A.detach() for m in model.modules() if isinstance(m, HybridMixer)]
     if not matrices:
         return None
-    A = torch.stack(matrices).float().cpu()  # (layers, N, N)
+    whole = [A.full_tensor() if isinstance(A, DTensor) else A for A in matrices]
+    A = torch.stack(whole).float().cpu()  # (layers, N, N)
     if not A.isfinite().all():
         return math.inf
     return float(torch.linalg.eigvals(A).abs().max())

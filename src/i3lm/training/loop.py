@@ -9,6 +9,7 @@ from pathlib import Path
 
 from i3lm.errors import ConfigurationError, KernelError
 from i3lm.files import append_line
+from i3lm.processes import is_first
 from i3lm.training.checkpoints import checkpoint_step, latest_checkpoint, load_state
 from i3lm.training.guards import NonFiniteError
 from i3lm.training.interrupts import StopOnSignal
@@ -56,7 +57,8 @@ def train_guarded(
                 line = f"{found}; back to {checkpoint.name} and on without the data of its steps"
                 report(f"warning: {line} ({restores} of {MOST_RESTORES} times)")
                 record = {"step": checkpoint_step(checkpoint), "restored_from_step": found.step}
-                append_line(metrics, json.dumps({**record, "reason": found.where}))
+                if is_first():
+                    append_line(metrics, json.dumps({**record, "reason": found.where}))
                 trainer.skip_data(found.step)
         if trainer.data_ended:
             report(

@@ -125,7 +125,8 @@ class MetricsFile(TrainerCallback):
         for record in records:
             if "loss" in record:
                 self.tracker.update(record["loss"])
-        write_records(self.path, records)
+        if state.is_world_process_zero:
+            write_records(self.path, records)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Starts the clock."""
@@ -165,7 +166,8 @@ class MetricsFile(TrainerCallback):
         elif "eval_loss" not in logs:
             return  # the Trainer's own closing summary
         self.newest = logs
-        append_line(self.path, json.dumps({"step": state.global_step, **_plain(logs)}))
+        if state.is_world_process_zero:
+            append_line(self.path, json.dumps({"step": state.global_step, **_plain(logs)}))
 
     def _speed(self, state: TrainerState) -> dict[str, Any]:
         """How fast it goes, and what it takes."""

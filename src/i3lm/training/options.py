@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from i3lm.errors import ConfigurationError
 
 OPTIMIZERS = ("adamw", "muon")
+SHARDINGS = ("none", "full")
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 # As in `i3lm.data.mixing` and `i3lm.data.rows`, which this file does not import: the command line
 # reads it before anything heavy is loaded.
@@ -180,7 +181,7 @@ class TrainingOptions:
         target_perplexity: End the run at the first evaluation whose held-out perplexity, per
             token, is at or below this.
         epochs: Passes over the training text, in place of max_steps; one pass if neither is given.
-        batch_size: Rows per forward pass.
+        batch_size: Rows per forward pass of each process.
         gradient_accumulation_steps: Forward passes per optimizer step.
         context_length: Tokens per row; by default the model's context.
         optimizer: adamw, or muon: Muon for the matrices of the layers, AdamW for embeddings, head,
@@ -206,6 +207,8 @@ class TrainingOptions:
             attention or recurrent for the layers of that kind (a hybrid layer is of both).
         compile: Compile the model with torch.compile; the first step then takes a minute or
             more. On a CPU it needs a C++ compiler.
+        sharding: Where a launcher started several processes: none gives each of them the whole
+            model; full gives each a shard of weights, gradients and optimizer states (FSDP2).
         on_nan: What to do when a gradient is not finite: stop names the step and the layer;
             restore goes back to the newest checkpoint, passes over the data that led there, and
             goes on, three times at most. The rate is not changed.
@@ -237,6 +240,7 @@ class TrainingOptions:
     strict_kernels: bool = False
     gradient_checkpointing: bool | str = False
     compile: bool = False
+    sharding: str = "none"
     on_nan: str = "stop"
     seed: int = 0
     log_every: int = 10
@@ -261,6 +265,8 @@ class TrainingOptions:
             ("training.gradient_checkpointing", self.gradient_checkpointing,
              self.gradient_checkpointing in (True, False, "attention", "recurrent"),
              "must be true, false, attention or recurrent"),
+            ("training.sharding", self.sharding, self.sharding in SHARDINGS,
+             f"must be one of {', '.join(SHARDINGS)}"),
             ("training.on_nan", self.on_nan, self.on_nan in ("stop", "restore"),
              "must be stop or restore"),
             ("training.max_steps", self.max_steps, self.max_steps is None or self.max_steps >= 1,

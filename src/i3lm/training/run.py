@@ -16,7 +16,6 @@ from i3lm.data.streams import Documents
 from i3lm.device import (
     keep_freed_memory,
     peak_memory_bytes,
-    process_rank,
     resolve_device,
     resolve_precision,
     seed_everything,
@@ -31,6 +30,15 @@ from i3lm.models.flops import training_flops_per_token
 from i3lm.models.i3 import I3ForCausalLM
 from i3lm.models.model_card import write_model_card
 from i3lm.ops.speed import measure_matmul_flops
+from i3lm.processes import (
+    first_goes_first,
+    from_all,
+    from_first,
+    is_first,
+    join_processes,
+    naming_lost_processes,
+    process_rank,
+)
 from i3lm.training.adapters import add_adapter
 from i3lm.training.arguments import training_arguments
 from i3lm.training.build import (
@@ -49,6 +57,7 @@ from i3lm.training.loop import train_guarded
 from i3lm.training.metrics import MetricsFile, StepTimer
 from i3lm.training.options import RunOptions, TrainingOptions, resolve_defaults
 from i3lm.training.run_folder import as_yaml, check_run_folder, prepare_run_folder
+from i3lm.training.sharding import whole_weights
 from i3lm.training.stopping import TargetPerplexity
 from i3lm.training.tracking import Tracker, check_tracking
 from i3lm.training.trainer import I3Trainer
@@ -68,6 +77,7 @@ class RunResult:
     target_reached: bool | None = None  # None without a target perplexity
 
 
+@naming_lost_processes()
 def run_training(
     output: Path,
     options: RunOptions,
@@ -81,6 +91,9 @@ def run_training(
     The folder gets ``best/`` and ``last/`` (models with tokenizer and card), ``checkpoints/``
     (to resume from), ``metrics.jsonl``, ``samples.jsonl`` and ``config.yaml``. Nothing is
     written before text, tokenizer and model are ready.
+
+    Where a launcher started several processes, each of them calls this: they train together, the
+    first one writes, and all must see the folder.
 
     Args:
         output: The folder.
@@ -96,15 +109,18 @@ def run_training(
     options = _complete(options, start)
     training, adapter = options.training, options.adapter
     check_tracking(training.tracking)
-    check_run_folder(output, options, resume=resume, overwrite=overwrite)
-    device = resolve_device(training.device)
+    if is_first():
+        check_run_folder(output, options, resume=resume, overwrite=overwrite)
+    device = join_processes(resolve_device(training.device))
     precision = _trainable_precision(training.precision, device)
+    _check_sharding(options, precision)
     draws = _draws(options)
 
-    tokenizer = make_tokenizer(options.tokenizer, start, options.data)
-    text = open_training_text(
-        options.data, tokenizer, seed=training.seed, progress=TokenizingBar(console)
-    )
+    with first_goes_first():
+        tokenizer = make_tokenizer(options.tokenizer, start, options.data)
+        text = open_training_text(
+            options.data, tokenizer, seed=training.seed, progress=TokenizingBar(console)
+        )
     model = make_model(start, tokenizer, seed=training.seed)
     context = choose_context_length(
         model, training.context_length, option="training.context_length"
@@ -139,29 +155,36 @@ def run_training(
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    checkpoint = prepare_run_folder(output, options, resume=resume, report=say)
+    checkpoint = from_first(lambda: prepare_run_folder(output, options, resume=resume, report=say))
     rows_per_step = training.batch_size * training.gradient_accumulation_steps * rows.world
     timer = StepTimer(rows_per_step * context)
     progress = RunConsole(console, timer)
     target = training.target_perplexity
 
     def save(folder: Path, metrics: dict[str, float], steps: int) -> None:
-        if base is None:
-            model.save_pretrained(folder)
-        else:
-            write_adapter(folder, model, base)
-        tokenizer.save_pretrained(folder)
-        write_model_card(folder, model.config, parameters, _facts(metrics, steps))
-        record: dict[str, Any] = {"step": steps, **_figures(metrics)}
-        if target is not None:
-            record["target_perplexity"] = target
-            record["target_reached"] = record["perplexity"] <= target
-        (folder / EVALUATION_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        weights = whole_weights(model) if trainer.is_sharded else None
+        if not is_first():
+            return
+
+        def write(part: Path) -> None:
+            if base is None:
+                model.save_pretrained(part, state_dict=weights)
+            else:
+                write_adapter(part, model, base)
+            tokenizer.save_pretrained(part)
+            write_model_card(part, model.config, parameters, _facts(metrics, steps))
+            record: dict[str, Any] = {"step": steps, **_figures(metrics)}
+            if target is not None:
+                record["target_perplexity"] = target
+                record["target_reached"] = record["perplexity"] <= target
+            (part / EVALUATION_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+        write_folder(folder, write)
 
     figures = MetricsFile(
         output / METRICS_FILE,
         timer,
-        memory=lambda: peak_memory_bytes(device),
+        memory=lambda: _most(from_all(peak_memory_bytes(device))),
         utilization=_utilization(model, context, device, precision),
     )
     callbacks: list[TrainerCallback] = [
@@ -170,7 +193,7 @@ def run_training(
         BestKeeper(output / "best", save),
         progress,
     ]
-    if training.tracking != "none":
+    if training.tracking != "none" and is_first():
         callbacks.append(Tracker(training.tracking, output, figures))
     if target is not None:
         callbacks.append(TargetPerplexity(target, console))
@@ -221,7 +244,7 @@ def run_training(
     steps = trainer.state.global_step
     history = [record for record in trainer.state.log_history if "eval_loss" in record]
     before, after = history[0], history[-1]  # the Trainer evaluates after the last step
-    write_folder(output / "last", lambda part: save(part, after, steps))
+    save(output / "last", after, steps)
     samples = [
         {"prompt": prompt, "text": generator.complete(prompt, draws).text}
         for prompt in options.sample.prompts
@@ -284,12 +307,36 @@ def _trainable_precision(name: str, device: torch.device) -> str:
 def _utilization(
     model: PreTrainedModel, context_length: int, device: torch.device, precision: str
 ) -> float | None:
-    """The share of what the device can multiply that one token a second takes; None for peers."""
+    """The share of what the devices can multiply that one token a second takes; None for peers."""
     if not isinstance(model, I3ForCausalLM):
         return None
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     needed = training_flops_per_token(model.config, context_length)
-    return needed / measure_matmul_flops(device, dtype)
+    return needed / (measure_matmul_flops(device, dtype) * process_rank()[1])
+
+
+def _check_sharding(options: RunOptions, precision: str) -> None:
+    """Refuses what is not known to be right on shards."""
+    training = options.training
+    if training.sharding == "none":
+        return
+    refused = {
+        "training.optimizer (muon)": training.optimizer == "muon",  # it needs whole matrices
+        f"adapter.rank ({options.adapter.rank})": options.adapter.rank > 0,
+        f"training.precision ({precision})": precision == "fp16",
+        "training.compile (true)": training.compile,
+    }
+    for name, given in refused.items():
+        if given:
+            raise ConfigurationError(
+                f"{name} does not go with training.sharding {training.sharding}: leave one of "
+                "them out"
+            )
+
+
+def _most(sizes: list[int | None]) -> int | None:
+    """The largest of the sizes that are known."""
+    return max((size for size in sizes if size is not None), default=None)
 
 
 def _complete(options: RunOptions, start: Starting) -> RunOptions:
@@ -348,7 +395,7 @@ class BestKeeper(TrainerCallback):
         """Saves the model if it is the best yet, the untrained one left out."""
         if state.global_step and metrics and metrics["eval_loss"] < self.best:
             self.best = metrics["eval_loss"]
-            write_folder(self.folder, lambda part: self.save(part, metrics, state.global_step))
+            self.save(self.folder, metrics, state.global_step)
 
 
 def _figures(metrics: dict[str, float]) -> dict[str, float]:

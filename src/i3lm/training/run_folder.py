@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from i3lm.errors import ConfigurationError, OutputError
+from i3lm.errors import CheckpointError, ConfigurationError, OutputError
 from i3lm.files import settle_folder, write_file, writing
+from i3lm.processes import process_rank
 from i3lm.training.checkpoints import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -20,6 +21,7 @@ from i3lm.training.checkpoints import (
     checkpoint_step,
     latest_checkpoint,
     list_checkpoints,
+    load_state,
 )
 from i3lm.training.options import AdapterOptions, RunOptions, TrainingOptions
 from i3lm.training.tracking import TENSORBOARD_FOLDER, WANDB_FOLDER
@@ -70,6 +72,24 @@ def _check_same_run(output: Path, options: RunOptions) -> None:
                     f"{output}: the run was begun with {group}.{key} {before!r}, now it is "
                     f"{value!r}: resume with the same options, or begin another run"
                 )
+    _check_rows(output, options)
+
+
+def _check_rows(output: Path, options: RunOptions) -> None:
+    """Refuses another number of rows per batch, over all processes, than the run has."""
+    own, processes = options.training.batch_size, process_rank()[1]
+    for checkpoint in list_checkpoints(output / "checkpoints"):
+        try:
+            before = load_state(checkpoint, "data")["settings"]["rows_per_batch"]
+        except (CheckpointError, OSError, ValueError, LookupError, TypeError):
+            continue  # a damaged one, which is dealt with when it is verified
+        if before != own * processes:
+            raise ConfigurationError(
+                f"{output}: the run was begun with {before} rows per batch, and now {processes} "
+                f"processes of training.batch_size {own} give {own * processes}: resume with a "
+                f"product of {before}, or begin another run"
+            )
+        return
 
 
 def _saved_options(output: Path) -> dict[str, Any] | None:
@@ -99,6 +119,8 @@ _MAY_CHANGE = {("data", "workers"), ("data", "cache")} | {
         "keep_checkpoints",
         "gradient_checkpointing",
         "compile",
+        "sharding",
+        "batch_size",  # of one process: `_check_rows` looks at the rows of all
         "on_nan",
         "target_perplexity",
         "tracking",

@@ -8,12 +8,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from i3lm.data.mixing import Mixture
@@ -23,6 +24,7 @@ from i3lm.errors import CheckpointError, DataError, I3Error
 from i3lm.evaluation import Evaluation, evaluate_text, next_token_loss
 from i3lm.files import writing
 from i3lm.models.i3 import CarriedState, I3ForCausalLM
+from i3lm.processes import from_all, process_rank
 from i3lm.training.checkpoints import (
     CONFIG_FILE,
     Skippable,
@@ -32,9 +34,10 @@ from i3lm.training.checkpoints import (
     rotate_checkpoints,
     save_states,
 )
-from i3lm.training.guards import NonFiniteError, find_non_finite
+from i3lm.training.guards import ALL_FINITE, NonFiniteError, find_non_finite
 from i3lm.training.metrics import StepTimer
 from i3lm.training.optimizers import make_optimizer
+from i3lm.training.sharding import shard_model, shard_optimizer, whole_weights
 
 
 class I3Trainer(Trainer):
@@ -75,7 +78,7 @@ class I3Trainer(Trainer):
         self.carried_state: CarriedState | None = None
         if rows.rows == "stream":
             self.carried_state = CarriedState(self.model.config).to(args.device)
-            self.stateful["carried_state"] = self.carried_state
+            self.stateful["carried_state"] = CarriedRows(self.carried_state, args.device)
         self._resumed: dict[str, Any] | None = None
         self._written: Path | None = None
         self._batches: list[dict[str, Tensor]] = []
@@ -87,6 +90,11 @@ class I3Trainer(Trainer):
         # The Trainer counts the labels of a step, over all its batches and processes. Ours are
         # one step ahead already.
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
+        self.is_sharded = getattr(args, "sharded", False)
+        if self.is_sharded:
+            shard_model(self.model, args.device)
+            # To the Trainer: the model moves its own weights and gradients between processes.
+            self.is_distributed_loading_by_transformers = True
 
     def get_train_dataloader(self) -> Any:
         """The rows themselves: they are read here, each process its own."""
@@ -131,6 +139,8 @@ class I3Trainer(Trainer):
                 eps=self.args.adam_epsilon,
                 fused=self.args.device.type in ("cpu", "cuda"),
             )
+            if self.is_sharded:
+                shard_optimizer(self.optimizer)
         return self.optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -142,6 +152,7 @@ class I3Trainer(Trainer):
             batch_size=self.args.per_device_eval_batch_size,
             precision=self.precision,
             separate_documents=self.rows.rows != "contiguous",
+            shared=self.args.world_size > 1,
         )
         metrics = {
             "eval_loss": evaluation.loss,
@@ -182,20 +193,34 @@ class I3Trainer(Trainer):
             self.carried_state.advance()
         return loss
 
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Sharded gradients are summed after every batch: kept whole, they would not fit."""
+        return nullcontext()
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the gradients; a step whose norm is not finite is not taken.
 
         Reading it waits for the device, right after the Trainer itself did to count tokens.
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         batches, self._batches = self._batches, []
         if math.isfinite(grad_norm) or self._scaler_still_adapts():
             return grad_norm
+        raise NonFiniteError(self.state.global_step + 1, self._find_non_finite(batches))
+
+    def _find_non_finite(self, batches: list[dict[str, Tensor]]) -> str:
+        """Where the first number that is not finite comes from, in any process."""
+        if self.is_sharded:
+            # Every pass needs all processes, and each would end the search at a place of its own.
+            return "where it comes from is not looked for with training.sharding full"
         inputs = [self._prepare_inputs(batch) for batch in batches]
         where = find_non_finite(
             self.model, inputs, lambda batch: self.compute_loss(self.model, batch)
         )
-        raise NonFiniteError(self.state.global_step + 1, where)
+        places = from_all(where)
+        return next((place for place in places if place != ALL_FINITE), where)
 
     def _scaler_still_adapts(self) -> bool:
         """Whether the loss scaler handles overflows: it leaves such steps out and scales less."""
@@ -329,6 +354,20 @@ class I3Trainer(Trainer):
                 shutil.rmtree(self._written, ignore_errors=True)
             self._written = None
 
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        if self.is_sharded:
+            state_dict = whole_weights(self.model)
+            if not self.args.should_save:
+                return
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_sharded and not self.args.should_save:
+            self.optimizer.state_dict()  # the first process asks for it, and all take part
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _readable(resume_from_checkpoint):
             self._check_tokenizer(Path(resume_from_checkpoint))
@@ -373,6 +412,41 @@ class I3Trainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
             super()._load_rng_state(checkpoint)
+
+
+class CarriedRows:
+    """The carried states of all processes, in the order of the rows of the whole batch.
+
+    Row b of process r is row r + b * world of all, as `RowBatches` deals them out: a checkpoint
+    of them suits any number of processes.
+
+    Args:
+        carried: The states of this process.
+        device: Where they are.
+    """
+
+    def __init__(self, carried: CarriedState, device: torch.device) -> None:
+        self.carried, self.device = carried, device
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The states of all rows; all processes ask for them together."""
+        own = {name: state.cpu() for name, state in self.carried.state_dict().items()}
+        parts = from_all(own)
+        return {name: _interleave([part[name] for part in parts]) for name in own}
+
+    def load_state_dict(self, states: Mapping[str, Tensor]) -> None:
+        """Takes the rows of this process out of those of all."""
+        rank, world = process_rank()
+        self.carried.load_state_dict(
+            {name: state[rank::world].contiguous() for name, state in states.items()}
+        )
+        self.carried.to(self.device)
+
+
+def _interleave(parts: list[Tensor]) -> Tensor:
+    """The rows of the parts in turns; the last parts may have one row less."""
+    rows = sum(map(len, parts))
+    return torch.stack([parts[row % len(parts)][row // len(parts)] for row in range(rows)])
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from i3lm.ops.numba_bridge import bits_of, compiled, match_threads, widen
+from i3lm.ops.numba_bridge import as_array, bits_of, compiled, match_threads, widen
 
 
 @compiled()
@@ -50,11 +50,11 @@ def few_rows(
     output = x.new_empty(x.shape[0], weight.shape[0])
     tasks = match_threads()
     _products(
-        x.detach().contiguous().numpy(),
-        bits_of(weight.detach()).numpy(),
-        _NOTHING if scale is None else scale.detach().numpy(),
-        _NOTHING if bias is None else bits_of(bias.detach()).numpy(),
-        output.numpy(),
+        as_array(x),
+        as_array(bits_of(weight)),
+        _NOTHING if scale is None else as_array(scale),
+        _NOTHING if bias is None else as_array(bits_of(bias)),
+        as_array(output),
         tasks,
     )
     return output
