@@ -135,7 +135,9 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
         allow_abbrev=False,
     )
     if name == "train":
-        parser.add_argument("--config", action="config", help="A YAML file with these options.")
+        parser.add_argument(
+            "--config", action="config", help="A YAML file with these options; may be given again."
+        )
     for parameter in positional:
         parser.add_argument(parameter, type=str, help=_help_of(parameter, described))
     parser.add_function_arguments(function, skip={*positional, *flags})

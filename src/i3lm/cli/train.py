@@ -26,11 +26,14 @@ def train(
 ) -> None:
     """Trains a new model, or fine-tunes a checkpoint.
 
-    Options come from a YAML file (--config), and from the command line, which wins:
+    Options come from YAML files (--config, the later over the earlier), and from the command
+    line, which wins:
 
     i3lm train --config configs/tinystories-10m.yaml --output runs/mine --data.source my.txt
 
     i3lm train --output runs/small --model.source i3-12m --training.max_steps 200
+
+    i3lm train --output runs/tuned --model.source runs/mine --data.source more.jsonl
 
     Args:
         output: The folder for the model, its figures and settings.

@@ -66,9 +66,9 @@ class SourceOptions:
     """One of the texts to train on.
 
     Args:
-        source: A built-in corpus (stories, pydocs); the path of a .txt, .jsonl or .parquet file,
-            of a folder, or a pattern such as "data/*.jsonl.gz"; or the name of a data set on the
-            Hub (owner/name, or owner/name:config).
+        source: A built-in corpus (stories, pydocs); the path of a .txt, .jsonl or .parquet file
+            (the first two also as .gz, .bz2, .xz or .zst), of a folder of them, or a pattern such
+            as "data/*.jsonl.gz"; or a data set on the Hub (owner/name, or owner/name:config).
         text_column: Where a record holds its text, or its conversation (a list of messages); by
             default the known column of a known set, else text, messages or conversations.
         split: Which split of a Hub data set to read.
@@ -100,28 +100,29 @@ class DataOptions:
     """Which text to train on.
 
     Args:
-        source: A built-in corpus (stories, pydocs); the path of a .txt, .jsonl or .parquet file,
-            of a folder, or a pattern such as "data/*.jsonl.gz"; or the name of a data set on the
-            Hub (owner/name, or owner/name:config).
+        source: A built-in corpus (stories, pydocs); the path of a .txt, .jsonl or .parquet file
+            (the first two also as .gz, .bz2, .xz or .zst), of a folder of them, or a pattern such
+            as "data/*.jsonl.gz"; or a data set on the Hub (owner/name, or owner/name:config).
         text_column: Where a record holds its text, or its conversation (a list of messages); by
             default the known column of a known set, else text, messages or conversations.
         split: Which split of a Hub data set to read.
         size: Most documents to read; for stories, how many to write.
         downloaded: Download a Hub data set before it is read, instead of streaming it.
         revision: Branch, tag or commit of a Hub data set; by default the newest.
-        mixture: Several sources, in place of the one above: a list with the fields above, a
-            weight (share of the tokens) and maybe a name each.
+        mixture: Several sources, in place of the one above: a list of mappings with the fields
+            above, each with a weight (its share of the tokens, 1 by default) and, where two are
+            called the same, a name.
         when_exhausted: What a mixture does where a source ends: repeat reads it again, drop goes
             on with the others, stop ends the run.
         held_out_fraction: Share of documents, picked by their text, that training never sees
             and that evaluation uses.
         rows: How documents become rows. contiguous: one after the other, with nothing between
-            but a separator. packed: likewise, and no state or attention passes from one document
-            to the next. stream: packed, and recurrent layers carry their state from row to row,
-            so that a document has no end at the end of its row.
+            but a separator. packed: likewise, but no state or attention passes from one document
+            to the next. stream: packed, and recurrent layers carry their state to the next row,
+            so that a document goes on in them past the end of a row.
         shuffle: Draw a new order of documents for every epoch.
         streaming: Tokenize while training, instead of once before it, for sets too large to keep.
-        shuffle_buffer: Documents that a stream is shuffled among.
+        shuffle_buffer: With streaming, how many documents are shuffled among themselves.
         workers: Processes that tokenize; 0 for none but the main one. The result is the same.
         cache: Folder for tokenized text; by default i3lm/tokens in the cache of the user.
     """
@@ -212,7 +213,7 @@ class TrainingOptions:
         on_nan: What to do when a gradient is not finite: stop names the step and the layer;
             restore goes back to the newest checkpoint, passes over the data that led there, and
             goes on, three times at most. The rate is not changed.
-        seed: Seed of weights, order of rows, and draws.
+        seed: Seed of weights, order of documents, and draws.
         log_every: Steps between lines of the metrics file.
         tracking: none, tensorboard, trackio or wandb, to show the figures of the metrics file as
             they come; keys come from the environment alone.
@@ -311,7 +312,8 @@ class AdapterOptions:
         dropout: Share of what enters the adapters that is dropped; for linear layers only.
         targets: all, attention, recurrent, feed_forward, or ends of names of modules, such as
             [mixer.key, mixer.value].
-        vectors: Whether to train vectors along: token shifts, decay rates, bonuses, norms, biases.
+        vectors: Whether to train the model's vectors too: token shifts, decay rates, bonuses,
+            norms, biases.
     """
 
     rank: int = 0
