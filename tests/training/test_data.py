@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -59,3 +60,14 @@ def test_a_mixture_holds_out_from_every_source(tmp_path: Path):
 def test_one_source_twice_needs_two_names(tmp_path: Path):
     with pytest.raises(ConfigurationError, match=r"^stories is in the mixture more than once"):
         opened(tmp_path, mixture=[SourceOptions("stories", size=60)] * 2)
+
+
+def test_records_that_a_stream_skips_are_told(tmp_path: Path):
+    lines = [json.dumps({"text": text}) for text in TEXTS]
+    (tmp_path / "t.jsonl").write_text("\n".join([*lines[:30], "{broken", *lines[30:]]))
+    text = opened(tmp_path, source=str(tmp_path / "t.jsonl"), streaming=True)
+    for _ in [document for document in TEXTS if not is_held_out(document, 0.3)]:
+        next(text.documents)
+    (line,) = text.skipped()
+    path = tmp_path / "t.jsonl"
+    assert line == f"{path}: skipped 1 record: 1 not JSON (first: {path}, line 31)"

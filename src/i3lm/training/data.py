@@ -36,11 +36,17 @@ class TrainingText:
         documents: What it trains on, without end or to the end of its sources.
         held_out: What evaluation uses.
         summary: A line about each source.
+        streamed: The sources that are read while training, by name.
     """
 
     documents: Documents
     held_out: TokenizedText
     summary: list[str]
+    streamed: dict[str, Source]
+
+    def skipped(self) -> list[str]:
+        """A line about each source in which this process has met records without a document."""
+        return [f"{name}: {s.skipped}" for name, s in self.streamed.items() if s.skipped]
 
 
 def open_source(options: SourceOptions, seed: int = 0) -> Source:
@@ -105,7 +111,12 @@ def open_training_text(
     if len(streams) > 1:
         documents = Mixture(streams, weights, when_exhausted=data.when_exhausted)
     held_out = join_texts([text for _, text, _ in opened], tokenizer)
-    return TrainingText(documents, held_out, [line for _, _, line in opened])
+    streamed = {
+        stream.name: stream.source
+        for stream in streams
+        if isinstance(stream, StreamedDocuments) and isinstance(stream.source, Source)
+    }
+    return TrainingText(documents, held_out, [line for _, _, line in opened], streamed)
 
 
 # Given the name of a source, a block in which it is told how far its tokenizing has come.
@@ -158,7 +169,7 @@ def _open_stream(
             "fraction"
         )
     stream = StreamedDocuments(
-        open_source(options),
+        source,
         DocumentEncoder(tokenizer),
         options.name,
         workers=data.workers,

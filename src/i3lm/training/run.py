@@ -241,6 +241,8 @@ def run_training(
         )
     finally:
         progress.close()
+    for line in text.skipped():
+        say(line)
     steps = trainer.state.global_step
     history = [record for record in trainer.state.log_history if "eval_loss" in record]
     before, after = history[0], history[-1]  # the Trainer evaluates after the last step
