@@ -264,7 +264,7 @@ def test_a_signal_stops_all_processes_at_one_step(
     assert len(stopped_at) == 1
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert checkpoint.name == f"checkpoint-{stopped_at[0]}"
-    assert "Traceback" not in finished.partition("torch.distributed")[0]
+    assert "[rank" not in finished  # tracebacks of ours; the launcher's own begin otherwise
 
 
 @pytest.mark.slow
@@ -274,7 +274,7 @@ def test_a_lost_process_is_one_line(process_environment: dict[str, str], tmp_pat
     # The launcher may end the others before they notice.
     assert len(said) <= 1
     assert all("another process of this run has ended" in line for line in said)
-    assert "RuntimeError" not in finished
+    assert "[rank" not in finished
 
 
 def end_by(number: signal.Signals, whom: str, run: Path, environment: dict[str, str]) -> str:
