@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -249,3 +253,51 @@ def test_an_error_is_one_line(process_environment: dict[str, str], tmp_path: Pat
     ]
     assert "exitcode  : 2" in finished.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_processes_at_one_step(
+    process_environment: dict[str, str], tmp_path: Path
+):
+    finished = end_by(signal.SIGTERM, "launcher", tmp_path / "run", process_environment)
+    stopped_at = re.findall(r"i3lm train: stopped by SIGTERM at step (\d+) of 100000", finished)
+    assert len(stopped_at) == 1
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == f"checkpoint-{stopped_at[0]}"
+    assert "[rank" not in finished  # tracebacks of ours; the launcher's own begin otherwise
+
+
+@pytest.mark.slow
+def test_a_lost_process_is_one_line(process_environment: dict[str, str], tmp_path: Path):
+    finished = end_by(signal.SIGKILL, "process", tmp_path / "run", process_environment)
+    said = [line for line in finished.splitlines() if line.startswith("i3lm train: error")]
+    # The launcher may end the others before they notice.
+    assert len(said) <= 1
+    assert all("another process of this run has ended" in line for line in said)
+    assert "[rank" not in finished
+
+
+def end_by(number: signal.Signals, whom: str, run: Path, environment: dict[str, str]) -> str:
+    """Sends a signal to a long run of two processes; gives what they said."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "i3lm", "train", "--output", str(run), *OPTIONS, *STORIES, *rows(4),
+        "--training.max_steps", "100000", "--training.save_every", "100000",
+        "--training.evaluate_every", "100000", "--sample.every", "0",
+    ]  # fmt: skip
+    launcher = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics = run / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+            assert launcher.poll() is None, "the run ended first"
+            time.sleep(0.05)
+        pid = launcher.pid
+        if whom == "process":
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            pid = int(children[-1])
+        os.kill(pid, number)
+        _, said = launcher.communicate(timeout=90)
+    finally:
+        launcher.kill()
+    assert launcher.returncode != 0
+    return said

@@ -64,7 +64,7 @@ def train(
     result = run_training(
         Path(output),
         RunOptions(model, tokenizer, data, training, sample, adapter),
-        console=Console(stderr=True, quiet=not is_first()),
+        console=Console(stderr=True),
         resume=resume,
         overwrite=overwrite,
     )

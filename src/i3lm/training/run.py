@@ -105,6 +105,8 @@ def run_training(
     Raises:
         I3Error: Anything that the options, the data or the folder cannot give.
     """
+    if not is_first():
+        console = Console(quiet=True)
     start = resolve_start(options.model)
     options = _complete(options, start)
     training, adapter = options.training, options.adapter
@@ -142,7 +144,7 @@ def run_training(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.print(
         f"{start.preset.name}: {parameters:,} parameters, vocabulary {len(tokenizer):,}, "
-        f"context {context}, {precision} on {device}\n"
+        f"context {context}, {precision} on {device}{_shared_by(training)}\n"
         + (f"adapter: {trained:,} trained parameters of rank {adapter.rank}\n" if base else "")
         + f"{training.optimizer}, learning rate {training.learning_rate:g}, "
         f"{training.warmup_steps} steps of warm-up\n"
@@ -229,6 +231,9 @@ def run_training(
         configuration=as_yaml(options),
     )
     _silence_stock_console(trainer)
+    if not is_first():
+        # The Trainer has seeded all processes alike; dropout is to differ from row to row.
+        seed_everything(training.seed + process_rank()[0])
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
     try:
@@ -334,6 +339,13 @@ def _check_sharding(options: RunOptions, precision: str) -> None:
                 f"{name} does not go with training.sharding {training.sharding}: leave one of "
                 "them out"
             )
+
+
+def _shared_by(training: TrainingOptions) -> str:
+    world = process_rank()[1]
+    if world == 1:
+        return ""
+    return f", {world} processes" + (" with a shard each" if training.sharding == "full" else "")
 
 
 def _most(sizes: list[int | None]) -> int | None:
