@@ -321,7 +321,8 @@ def test_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     ]  # fmt: skip
     assert main(["train", *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert read_records(tmp_path / "run")[-1]["epoch"] == 2
+    epoch = read_records(tmp_path / "run")[-1]["epoch"]
+    assert epoch <= 2 < epoch * (1 + 1 / result["steps"])  # one step more would be too many
     assert result["tokens"] == result["steps"] * 4 * 32
 
 

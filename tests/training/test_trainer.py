@@ -44,6 +44,9 @@ OVERRIDDEN = {
         "trial", "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained",
         "steps_trained_in_current_epoch",
     ],
+    "_defer_fsdp_gradient_reduction": [],
+    "_save": ["output_dir", "state_dict"],
+    "_save_optimizer_and_scheduler": ["output_dir"],
     "_get_output_dir": ["trial"],
     "_save_checkpoint": ["model", "trial"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
@@ -55,7 +58,7 @@ OVERRIDDEN = {
 
 OURS = {
     "__init__", "state_dict", "load_state_dict", "skip_data", "_skip", "_check_tokenizer",
-    "_scaler_still_adapts", "_end_with_the_data",
+    "_scaler_still_adapts", "_end_with_the_data", "_find_non_finite",
 }  # fmt: skip
 
 
