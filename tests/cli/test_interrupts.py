@@ -7,8 +7,6 @@ import pty
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -117,24 +115,6 @@ def test_the_second_signal_stops_at_once_and_the_terminal_stays_sane(
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor comes back
     assert checkpoints(run) == []
     assert not [path for path in run.rglob("*") if path.suffix in (".part", ".old")]
-
-
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_instants(process_environment: dict[str, str], tmp_path: Path, kills: int):
-    """Losses, samples and weights are bit for bit those of a run that nobody killed."""
-    torture = [sys.executable, "-m", "tests.training.torture"]
-    options = ["--kills", str(kills), "--seed", str(kills), "--folder", str(tmp_path)]
-    # Steps of the log, of evaluation and of checkpoints that fall apart.
-    train = [*TINY_TRAINING, "--training.log_every", "3", "--training.save_every", "7"]
-    train += ["--training.keep_checkpoints", "2", "--training.evaluate_every", "10"]
-    finished = subprocess.run(
-        [*torture, *options, "--", *train],
-        capture_output=True, text=True, timeout=280, env=process_environment,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert_same_run(tmp_path / "killed", tmp_path / "straight")
-    assert len(re.findall(r"^killed ", finished.stdout, re.MULTILINE)) == kills
 
 
 def test_a_folder_of_a_process_that_was_killed_while_it_began(tiny_run: Path, tmp_path: Path):
