@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM
 from i3lm.inference.int8_linear import use_int8_products
 from i3lm.inference.loading import hold_weights_in_bf16
 from i3lm.layers import Linear
+from i3lm.ops.decoding_step import DECODING_STEP
+from i3lm.ops.dispatch import use_implementation
 from i3lm.presets import load_preset
 
 
@@ -33,10 +35,11 @@ class Decoding:
         model: The model in evaluation mode.
         ids: The prompt, shape (1, T).
         room: Tokens after which it starts again from the prompt.
+        step: The implementation of `DECODING_STEP`.
     """
 
-    def __init__(self, model, ids: torch.Tensor, room: int) -> None:
-        self.model, self.ids, self.room = model, ids, room
+    def __init__(self, model, ids: torch.Tensor, room: int, step: str) -> None:
+        self.model, self.ids, self.room, self.step = model, ids, room, step
         self.left = 0
 
     @torch.inference_mode()
@@ -44,7 +47,8 @@ class Decoding:
         """Reads one token and draws the next greedily."""
         if self.left == 0:
             raise RuntimeError("out of room: give more --context to the preset")
-        output = self.model(self.token, past_key_values=self.cache, logits_to_keep=1)
+        with use_implementation(decoding_step=self.step):
+            output = self.model(self.token, past_key_values=self.cache, logits_to_keep=1)
         self.token, self.left = output.logits[:, -1].argmax(-1, keepdim=True), self.left - 1
 
     @torch.inference_mode()
@@ -59,7 +63,8 @@ class Decoding:
         """Refuses to time a cached step whose logits are wrong."""
         self.restart()
         whole = self.model(torch.cat([self.ids, self.token], 1)).logits[:, -1]
-        step = self.model(self.token, past_key_values=self.cache).logits[:, -1]
+        with use_implementation(decoding_step=self.step):
+            step = self.model(self.token, past_key_values=self.cache).logits[:, -1]
         difference = ((whole - step).abs().max() / whole.abs().max().clamp_min(1)).item()
         if not difference <= tolerance:
             raise SystemExit(f"a cached step differs by {difference:.1e}: not timed")
@@ -75,8 +80,14 @@ def quantized(model):
     return model
 
 
-def reading_bandwidth() -> float:
-    """Bytes per second at which memory can be read: the best of three ways to touch 1 GiB."""
+def matrix_bytes(model) -> int:
+    """The bytes of the matrices of a model's linear maps, as they lie in memory."""
+    maps = (module.stored() for module in model.modules() if isinstance(module, Linear))
+    return sum(parts[0].nbytes for parts in maps if parts)
+
+
+def fastest_reading() -> tuple[Callable, int]:
+    """The fastest of three ways to touch 1 GiB, and the bytes that it moves."""
     block = torch.ones(2**28)
     other = torch.empty_like(block)
     runs: dict[str, Callable] = {
@@ -84,9 +95,10 @@ def reading_bandwidth() -> float:
         "dot": lambda: torch.dot(block, block),
         "copy": lambda: other.copy_(block),
     }
-    seconds = {name: min(s) for name, s in time_alternating(runs, 5).items()}
     moved = {"sum": block.nbytes, "dot": block.nbytes, "copy": 2 * block.nbytes}
-    return max(moved[name] / seconds[name] for name in runs)
+    seconds = {name: min(s) for name, s in time_alternating(runs, 5).items()}
+    name = max(runs, key=lambda name: moved[name] / seconds[name])
+    return runs[name], moved[name]
 
 
 def main() -> int:
@@ -108,10 +120,13 @@ def main() -> int:
     models = {"fp32": model, "bf16": hold_weights_in_bf16(copy.deepcopy(model))}
     if importlib.util.find_spec("torchao"):
         models["int8"] = quantized(copy.deepcopy(model))
-    for name, contestant in models.items():
-        decoding = Decoding(contestant, ids, room)
-        decoding.check(1e-4 if name == "fp32" else 3e-2)
-        runs[name] = decoding
+    matrices: dict[str, int] = {}  # bytes that a token must read
+    for precision, contestant in models.items():
+        for step in DECODING_STEP.names:
+            name = precision if step == "numba" else f"{precision} by {step}"
+            decoding = Decoding(contestant, ids, room, step)
+            decoding.check(1e-4 if precision == "fp32" else 3e-2)
+            runs[name], matrices[name] = decoding, matrix_bytes(contestant)
     if options.original:
         original = load_original(options.original, config).eval()
         for precision in ("fp32", "bf16"):
@@ -123,9 +138,9 @@ def main() -> int:
                     original(ids)[0][:, -1].argmax(-1)
 
             runs[f"original {precision}"] = window
-    seconds = time_alternating(runs, options.repeats)
-    bandwidth = reading_bandwidth()
-    matrices = sum(m.weight.nbytes for m in model.modules() if isinstance(m, Linear))
+    # In turns with the rest: the speed of a shared machine's memory drifts by a factor of two.
+    reading, moved = fastest_reading()
+    seconds = time_alternating({**runs, "reading": reading}, options.repeats)
     results = {}
     for name in runs:
         figures = summary(seconds[name])
@@ -134,12 +149,17 @@ def main() -> int:
             if name in models and f"original {other}" in seconds:
                 ratio = median_ratio(seconds[f"original {other}"], seconds[name])
                 figures[f"times_the_original_in_{other}"] = ratio
-        if name == "fp32":
-            share = matrices / (figures["median_ms"] / 1e3) / bandwidth
+        if name in matrices:
+            share = matrices[name] / moved * median_ratio(seconds["reading"], seconds[name])
             figures["share_of_measured_bandwidth"] = round(share, 3)
+        if f"{name} by modules" in seconds:
+            figures["times_the_modules"] = median_ratio(
+                seconds[f"{name} by modules"], seconds[name]
+            )
         results[name] = figures
         print(f"{name:>13}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
     setting = {"preset": options.preset, "context": options.context}
+    bandwidth = moved / (summary(seconds["reading"])["median_ms"] / 1e3)
     setting["reading_gb_per_second"] = round(bandwidth / 1e9, 1)
     report("decoding", {**setting, "results": results}, options.output)
     return 0

@@ -22,7 +22,7 @@ from i3lm.ops.linear.numba import few_rows
 _MANY_ROWS = 16
 
 
-class Int8Linear(nn.Linear):
+class Int8Linear(Linear):
     """A linear map whose weight torchao has quantised: ``y = (W x) * scale + bias``.
 
     W is int8 of shape (out, in), with one float32 scale per output channel. On the CPU, few rows
@@ -36,6 +36,10 @@ class Int8Linear(nn.Linear):
         """Looks up weight and scale once, not at every product."""
         weight: Any = self.weight
         self._parts = weight.qdata.contiguous(), weight.scale.detach().float().reshape(-1)
+
+    def stored(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The int8 matrix, its scale and the bias."""
+        return *self._parts, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in_features) to (..., out_features), in the dtype of the input."""

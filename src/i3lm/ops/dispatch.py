@@ -77,6 +77,11 @@ class Op:
         """The names of the implementations, best first."""
         return [implementation.name for implementation in self.implementations]
 
+    @property
+    def override(self) -> str | None:
+        """The implementation that `use_implementation` names for this block of code, or None."""
+        return (_overrides.get() or {}).get(self.name)
+
     def choose(
         self, device: torch.device, dtype: torch.dtype, implementation: str | None = None
     ) -> Choice:
@@ -100,7 +105,7 @@ class Op:
     ) -> Choice:
         asked, source = implementation, "asked for by the call"
         if asked is None:
-            asked, source = (_overrides.get() or {}).get(self.name), "asked for by an override"
+            asked, source = self.override, "asked for by an override"
         if asked is not None:
             chosen = self.named(asked)
             refusal = chosen.refuses(device, dtype)

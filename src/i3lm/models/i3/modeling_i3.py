@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from i3lm.layers import (
     parameter_groups,
 )
 from i3lm.layers.attention import Rotation
+from i3lm.layers.decoding_step import DecodingStep
 from i3lm.layers.time_mix import TimeMixState
 from i3lm.models.i3.cache_i3 import (
     FEED_FORWARD_SHIFT,
@@ -52,6 +54,14 @@ from i3lm.models.i3.packing_i3 import (
     first_seen,
 )
 from i3lm.ops import linear, linear_cross_entropy
+from i3lm.ops.decoding_step import decoding_kernels
+
+# Where the states of a recurrent module lie in the cache, in the order of its kernel.
+_SLOTS: dict[type[nn.Module], tuple[int, ...]] = {
+    TimeMix: (RECURRENCE, MIXER_SHIFT),
+    HybridMixer: (RECURRENCE,),
+    ChannelMix: (FEED_FORWARD_SHIFT,),
+}
 
 # Document starts and padding, as the recurrent ops take them.
 _Marks = dict[str, Tensor | None]
@@ -84,6 +94,14 @@ class I3DecoderLayer(GradientCheckpointingLayer):
             self.feed_forward: nn.Module = ChannelMix(C, config.intermediate_size)
         else:
             self.feed_forward = FeedForward(C, config.intermediate_size, config.low_rank)
+        self._mixer_step, self._attention_step, self._feed_forward_step = (
+            DecodingStep() for _ in range(3)
+        )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> I3DecoderLayer:
+        for step in (self._mixer_step, self._attention_step, self._feed_forward_step):
+            step.forget()
+        return super()._apply(*args, **kwargs)
 
     def forward(
         self,
@@ -95,8 +113,13 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         first: Tensor | None = None,
         reset: Tensor | None = None,
         carried_row: CarriedRow | None = None,
+        kernels: ModuleType | None = None,
     ) -> Tensor:
-        """Maps (B, T, C) to (B, T, C), reading and writing its states."""
+        """Maps (B, T, C) to (B, T, C), reading and writing its states.
+
+        With `kernels`, those of a decoding step, a part of the layer that they can serve is one
+        call; the others call their modules, as all do without.
+        """
         x = hidden_states
         store = None
         if past_key_values is not None:
@@ -104,13 +127,42 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         # Gradient checkpointing takes the cache away, and leaves the carried states.
         states = past_key_values if carried_row is None else carried_row
         marks = {"reset": reset, "mask": padding_mask}
+        seen = {"mask": causal_mask, "store": store, "rotation": rotation}
+        attend = partial(_attend, kernels, seen, first)
+        recur = partial(self._step, kernels, past_key_values)
         if isinstance(self.mixer, CausalSelfAttention):
-            x = x + self.mixer(self.mixer_norm(x), causal_mask, store, rotation, first)
+            x = attend(self._mixer_step, self.mixer_norm, self.mixer, x)
         else:
-            x = x + self._recur(self.mixer_norm(x), marks, states)
+            mixed = recur(self._mixer_step, self.mixer_norm, self.mixer, x)
+            if mixed is None:
+                mixed = x + self._recur(self.mixer_norm(x), marks, states)
+            x = mixed
         if self.layer_type == "hybrid":
-            x = x + self.attention(self.attention_norm(x), causal_mask, store, rotation, first)
-        return x + self._feed_forward(self.feed_forward_norm(x), marks, states)
+            x = attend(self._attention_step, self.attention_norm, self.attention, x)
+        output = recur(self._feed_forward_step, self.feed_forward_norm, self.feed_forward, x)
+        if output is None:
+            output = x + self._feed_forward(self.feed_forward_norm(x), marks, states)
+        return output
+
+    def _step(
+        self,
+        kernels: ModuleType | None,
+        cache: Cache | None,
+        step: DecodingStep,
+        norm: nn.Module,
+        module: nn.Module,
+        x: Tensor,
+    ) -> Tensor | None:
+        """``x + module(norm(x))`` by one kernel, or None where that cannot be."""
+        if kernels is None:
+            return None
+        states = []
+        for slot in _SLOTS.get(type(module), ()):
+            state = read_state(cache, self.layer_idx, slot)
+            if state is None:
+                return None
+            states.append(state)
+        return step(kernels, norm, module, x, *states)
 
     def _recur(self, x: Tensor, marks: _Marks, states: Cache | CarriedRow | None) -> Tensor:
         state: Any = read_state(states, self.layer_idx, RECURRENCE)
@@ -133,6 +185,23 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         output, state = self.feed_forward(x, state, **marks)
         write_state(states, self.layer_idx, FEED_FORWARD_SHIFT, state)
         return output
+
+
+def _attend(
+    kernels: ModuleType | None,
+    seen: dict[str, Any],
+    first: Tensor | None,
+    step: DecodingStep,
+    norm: nn.Module,
+    attention: CausalSelfAttention,
+    x: Tensor,
+) -> Tensor:
+    """``x + attention(norm(x))``, its products by kernels where they can."""
+    if kernels is not None:
+        output = step.attend(kernels, norm, attention, x, **seen)
+        if output is not None:
+            return output
+    return x + attention(norm(x), **seen, first=first)
 
 
 class I3PreTrainedModel(PreTrainedModel):
@@ -271,6 +340,8 @@ class I3Model(I3PreTrainedModel):
             rotation = self.rotary_embedding(
                 position_ids, torch.float64 if exact else torch.float32
             )
+        plain = padding_mask is None and reset is None and carried_row is None
+        kernels = decoding_kernels(hidden_states) if plain else None
         for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
             hidden_states = layer(
                 hidden_states,
@@ -281,6 +352,7 @@ class I3Model(I3PreTrainedModel):
                 first=first.get(kind),
                 reset=reset,
                 carried_row=carried_row,
+                kernels=kernels,
             )
         if isinstance(past_key_values, I3Cache):
             past_key_values.count_tokens(T)

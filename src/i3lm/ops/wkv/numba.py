@@ -19,7 +19,7 @@ from i3lm.ops.numba_bridge import as_arrays, compiled, exp, inlined, load, match
 from i3lm.ops.wkv.reference import EMPTY_EXPONENT
 
 _BLOCK = 128  # channels per task: long enough runs for the prefetcher, few enough for the cache
-_FASTEST = -1e30
+FASTEST = -1e30
 
 
 @inlined()
@@ -55,7 +55,7 @@ def _add_token(work, one):
 
 
 @compiled()
-def _forward(key, value, decay, first, state, reset, mask, output, final):
+def forward_kernel(key, value, decay, first, state, reset, mask, output, final):
     B, T, C = key.shape
     one = key.dtype.type(1)
     blocks = (C + _BLOCK - 1) // _BLOCK
@@ -178,8 +178,10 @@ def wkv_numba(
     """Computes `i3lm.ops.wkv` on the CPU; same arguments and results as `wkv_reference`."""
     output, final = key.new_empty(key.shape), state.new_empty(state.shape)
     match_threads()
-    time_decay = time_decay.clamp_min(_FASTEST)
-    _forward(*as_arrays(key, value, time_decay, time_first, state, reset, mask, output, final))
+    time_decay = time_decay.clamp_min(FASTEST)
+    forward_kernel(
+        *as_arrays(key, value, time_decay, time_first, state, reset, mask, output, final)
+    )
     return output, final
 
 
@@ -199,7 +201,7 @@ def wkv_numba_backward(
     grad_decay, grad_first = (key.new_empty(key.shape[0], key.shape[2]) for _ in range(2))
     grad_start = state.new_empty(state.shape)
     match_threads()
-    time_decay = time_decay.clamp_min(_FASTEST)
+    time_decay = time_decay.clamp_min(FASTEST)
     inputs = (key, value, time_decay, time_first, state, reset, mask, grad_output, grad_state)
     results = (grad_key, grad_value, grad_decay, grad_first, grad_start)
     _backward(*as_arrays(*inputs, *results))

@@ -1,0 +1,353 @@
+"""A token by the fused kernels of a decoding step is a token by the modules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from i3lm.inference.loading import hold_weights_in_bf16
+from i3lm.inference.sessions import cache_states
+from i3lm.layers import Linear
+from i3lm.layers.decoding_step import DecodingStep
+from i3lm.models.i3 import I3Cache, I3ForCausalLM
+from i3lm.models.i3.cache_i3 import CarriedState
+from i3lm.ops.decoding_step import DECODING_STEP, FEW_ROWS, decoding_kernels
+from i3lm.ops.dispatch import use_implementation
+from tests.models.tiny_i3 import KINDS, UNLIMITED, draw_ids, make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+modules_alone = partial(use_implementation, decoding_step="modules")
+
+# float32 logits of size 2 to 7 and sums in another order: a few 1e-6 as measured. With matrices
+# of bfloat16 or int8 both sides read the same matrices and compute in float32.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that have run, by name."""
+    calls: list[str] = []
+    run = DecodingStep._run
+
+    def noted(self, kernels, kernel, *inputs):
+        calls.append(kernel)
+        return run(self, kernels, kernel, *inputs)
+
+    monkeypatch.setattr(DecodingStep, "_run", noted)
+    return calls
+
+
+@torch.no_grad()
+def read(model: I3ForCausalLM, ids: Tensor) -> I3Cache:
+    """The cache after a text."""
+    return model(ids, use_cache=True).past_key_values
+
+
+@torch.no_grad()
+def decode(model: I3ForCausalLM, ids: Tensor, cache: I3Cache) -> Tensor:
+    """Logits (B, T, V) of one token after the other."""
+    steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(ids.shape[1])]
+    return torch.cat(steps, dim=1)
+
+
+def check_equal(model: I3ForCausalLM, ids: Tensor, prompt: int = 4) -> None:
+    """Logits and states of both ways agree, after the prompt and to the end."""
+    cache = read(model, ids[:, :prompt])
+    other = copy.deepcopy(cache)
+    logits = decode(model, ids[:, prompt:], cache)
+    with modules_alone():
+        expected = decode(model, ids[:, prompt:], other)
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    torch.testing.assert_close(cache_states(cache), cache_states(other), **CLOSE)
+
+
+@every_kind
+@pytest.mark.parametrize("B", [1, FEW_ROWS])
+def test_logits_and_states_are_the_modules(kind: str, B: int, fused: list[str]):
+    check_equal(make_model(kind), draw_ids(B, 20))
+    assert fused
+
+
+@every_kind
+def test_bf16_matrices(kind: str, fused: list[str]):
+    check_equal(hold_weights_in_bf16(make_model(kind)), draw_ids(1, 12))
+    assert fused
+
+
+@pytest.mark.parametrize("kind", ["rwkv4", "state_space"])
+def test_int8_matrices(kind: str, fused: list[str]):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    from i3lm.inference.int8_linear import use_int8_products
+
+    model = make_model(kind)
+    read_one = partial(decode, model, draw_ids(1, 1))
+    read_one(read(model, draw_ids(1, 4)))  # what is looked up here must not be used below
+    fused.clear()
+    quantize_(model, Int8WeightOnlyConfig(version=2), lambda m, _: isinstance(m, Linear))
+    use_int8_products(model)
+    check_equal(model, draw_ids(2, 12))
+    assert "attention_output" in fused
+    assert "feed_forward" in fused
+
+
+@pytest.mark.parametrize("kind", UNLIMITED)
+def test_a_long_text(kind: str):
+    model = make_model(kind)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("mixer.mix"):
+                parameter.clamp_(0, 1)  # else the average grows without bound
+    check_equal(model, draw_ids(1, 300))
+
+
+@pytest.mark.parametrize("kind", ["rwkv4", "state_space", "hybrid rwkv4"])
+def test_both_ways_take_turns(kind: str):
+    model, ids = make_model(kind), draw_ids(1, 20)
+    cache = read(model, ids[:, :4])
+    other, pieces = copy.deepcopy(cache), []
+    for t in range(4, 20):
+        with use_implementation(decoding_step=("numba", "modules")[t % 2]):
+            pieces.append(decode(model, ids[:, t : t + 1], cache))
+    with modules_alone():
+        expected = decode(model, ids[:, 4:], other)
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, **CLOSE)
+
+
+def test_every_half_of_a_layer_is_fused(fused: list[str]):
+    model = make_model("rope")
+    decode(model, draw_ids(1, 1), read(model, draw_ids(1, 4)))
+    attention = ["attention_input", "attention_output"]
+    assert fused == [
+        *["time_mix", "channel_mix"],
+        *[*attention, "feed_forward"],
+        *["time_mix", *attention, "channel_mix"],
+    ]
+
+
+def test_low_rank_maps_are_called_as_modules(fused: list[str]):
+    model = make_model("v1")
+    decode(model, draw_ids(1, 1), read(model, draw_ids(1, 4)))
+    assert fused == ["state_space", "state_space"]
+
+
+@torch.no_grad()
+def test_extreme_numbers_pass_as_through_the_modules():
+    model = make_model("rwkv4")
+    for layer in model.model.layers[:2]:
+        layer.mixer.time_decay.copy_(torch.linspace(-100, 100, 12))
+        layer.mixer.receptance.weight.mul_(100)
+        layer.feed_forward.receptance.weight.mul_(100)
+    check_equal(model, draw_ids(1, 12))
+
+
+def test_a_diverged_model_shows_as_one():
+    model = make_model("rwkv4")
+    with torch.no_grad():
+        model.model.layers[1].mixer.key.weight[3, 3] = float("nan")
+    assert decode(model, draw_ids(1, 1), read(model, draw_ids(1, 4))).isnan().all()
+
+
+class _Doubled(Linear):
+    """Stands for an adapter: a linear map with more to it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def _double(layer: nn.Module) -> None:
+    layer.mixer.key.__class__ = _Doubled
+
+
+def _replace(layer: nn.Module) -> None:
+    other = Linear(12, 12, bias=False)
+    nn.init.normal_(other.weight)
+    layer.mixer.value = other
+
+
+def _hook(layer: nn.Module) -> None:
+    layer.mixer.output.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def _wrap_forward(layer: nn.Module) -> None:
+    forward = layer.feed_forward.value.forward
+    layer.feed_forward.value.forward = lambda x: 2 * forward(x)
+
+
+def _new_parameter(layer: nn.Module) -> None:
+    layer.mixer_norm.weight = nn.Parameter(torch.randn(12))
+
+
+def _new_data(layer: nn.Module) -> None:
+    layer.mixer.receptance.weight.data = torch.randn(12, 12)
+
+
+def _in_place(layer: nn.Module) -> None:
+    layer.mixer.time_first.data.add_(1)
+
+
+def _parametrize(layer: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(layer.mixer.key)
+    layer.mixer.key.parametrizations.weight.original0.data.mul_(2)
+
+
+def _in_bf16(layer: nn.Module) -> None:
+    layer.mixer.key.weight = nn.Parameter(layer.mixer.key.weight.bfloat16(), False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _double,
+        _replace,
+        _hook,
+        _wrap_forward,
+        _new_parameter,
+        _new_data,
+        _in_place,
+        _parametrize,
+        _in_bf16,
+    ],
+)
+def test_what_happens_to_a_module_counts_at_the_next_token(change: Callable[[nn.Module], None]):
+    model, ids = make_model("rwkv4"), draw_ids(1, 6)
+    cache = read(model, ids[:, :4])
+    decode(model, ids[:, 4:5], cache)
+    unchanged = decode(model, ids[:, 5:], copy.deepcopy(cache))
+    change(model.model.layers[1])
+    other = copy.deepcopy(cache)
+    logits = decode(model, ids[:, 5:], cache)
+    assert not torch.allclose(logits, unchanged, rtol=1e-3, atol=1e-3) or change is _in_bf16
+    with modules_alone():
+        torch.testing.assert_close(logits, decode(model, ids[:, 5:], other), **CLOSE)
+
+
+def test_a_hook_on_all_modules_is_called_for_each():
+    model = make_model("rwkv4")
+    cache = read(model, draw_ids(1, 4))
+    seen: list[type] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.append(type(module))
+    )
+    try:
+        decode(model, draw_ids(1, 1), cache)
+    finally:
+        handle.remove()
+    assert seen.count(Linear) == sum(type(module) is Linear for module in model.modules())
+
+
+def test_hidden_states_are_recorded():
+    model = make_model("rope")
+    cache = read(model, draw_ids(1, 4))
+    other, step = copy.deepcopy(cache), partial(model, draw_ids(1, 1), output_hidden_states=True)
+    with torch.no_grad():
+        states = step(past_key_values=cache).hidden_states
+        with modules_alone():
+            expected = step(past_key_values=other).hidden_states
+    assert len(states) == 4
+    torch.testing.assert_close(states, expected, **CLOSE)
+
+
+def test_a_model_that_has_decoded_is_copied_and_pickled():
+    model, ids = make_model("rwkv4"), draw_ids(1, 6)
+    cache = read(model, ids[:, :4])
+    decode(model, ids[:, 4:5], cache)
+    expected = decode(model, ids[:, 5:], copy.deepcopy(cache))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(decode(other, ids[:, 5:], copy.deepcopy(cache)), expected)
+        with torch.no_grad():
+            other.model.layers[0].mixer.key.weight.mul_(-1)
+        assert not torch.allclose(decode(other, ids[:, 5:], copy.deepcopy(cache)), expected)
+
+
+def test_parameters_are_let_go_when_the_model_moves():
+    model = make_model("rwkv4")
+    decode(model, draw_ids(1, 1), read(model, draw_ids(1, 4)))
+    step = model.model.layers[0]._mixer_step
+    assert step._tensors
+    model.double()
+    assert not step._tensors
+    assert step._arguments is None
+
+
+def test_gradients_padding_autocast_and_doubles_take_the_modules(fused: list[str]):
+    model, one = make_model("rwkv4"), draw_ids(1, 1)
+    cache = read(model, draw_ids(1, 4))
+    assert model(one, past_key_values=copy.deepcopy(cache)).logits.requires_grad
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(one, past_key_values=copy.deepcopy(cache))
+    with torch.no_grad():
+        padded = torch.tensor([[1, 1, 1, 1, 0]])
+        model(one, attention_mask=padded, past_key_values=copy.deepcopy(cache))
+        model(one, use_cache=False)
+        model(one, use_cache=True)  # the first token has no states yet
+    decode(model.double(), one, read(model, draw_ids(1, 4)))
+    recurrent = {"time_mix", "channel_mix"}
+    assert not recurrent & set(fused)
+
+
+@torch.no_grad()
+def test_packed_rows_and_carried_states_take_the_modules(fused: list[str]):
+    model, one = make_model("state_space"), draw_ids(1, 1)
+    model(one)
+    assert "feed_forward" in fused
+    fused.clear()
+    model(one, reset=torch.ones(1, 1, dtype=torch.bool))
+    model(one, carried_state=CarriedState(model.config))
+    assert not fused
+
+
+@pytest.mark.parametrize("kind", ["rwkv4", "state_space", "hybrid rwkv4"])
+def test_adapters_are_called_as_modules(kind: str, fused: list[str]):
+    pytest.importorskip("peft")
+    from i3lm.training.adapters import add_adapter
+    from i3lm.training.options import AdapterOptions
+
+    model = make_model(kind)
+    ids = draw_ids(1, 8)
+    decode(model, ids[:, 4:], read(model, ids[:, :4]))  # what is looked up must not be used below
+    fused.clear()
+    add_adapter(model, AdapterOptions(rank=2, targets=["recurrent"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    check_equal(model, ids)
+    assert fused
+    assert not {"time_mix", "state_space"} & set(fused)
+
+
+def test_another_kernel_that_is_asked_for_runs(fused: list[str]):
+    model, ids = make_model("rwkv4"), draw_ids(1, 8)
+    cache = read(model, ids[:, :4])
+    with use_implementation(wkv="reference"):
+        decode(model, ids[:, 4:], cache)
+        assert not fused
+        with torch.no_grad():
+            choice = DECODING_STEP.choose(torch.device("cpu"), torch.float32)
+        assert "wkv is asked to run as reference" in choice.reason
+        with (
+            use_implementation(decoding_step="numba"),
+            pytest.raises(ValueError, match=r"decoding_step.*refuses: wkv is asked"),
+        ):
+            decode(model, ids[:, 4:], cache)
+
+
+@torch.no_grad()
+def test_kernels_serve_one_new_token_of_a_few_rows():
+    def served(B: int, T: int, dtype: torch.dtype = torch.float32) -> bool:
+        return decoding_kernels(torch.zeros(B, T, 12, dtype=dtype)) is not None
+
+    assert all([served(1, 1), served(FEW_ROWS, 1)])
+    assert not any([served(FEW_ROWS + 1, 1), served(0, 1), served(1, 2)])
+    assert not any([served(1, 1, torch.float64), served(1, 1, torch.bfloat16)])
+    with torch.enable_grad():
+        assert not served(1, 1)
