@@ -57,11 +57,15 @@ install: $(VENV)/.installed
 quickstart: install
 	$(VENV)/bin/i3lm quickstart --output runs/quickstart --overwrite
 
+# Tests run in so many processes of one thread each: threads of several would wait for each other.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu and not network" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not network" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -m "not gpu and not network" --timeout=3600 $(ARGS)
+	$(PYTEST) -m "not gpu and not network" --timeout=3600 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

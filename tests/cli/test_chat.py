@@ -70,6 +70,26 @@ def say(
         return [turn["prompt"] for turn in json.loads(saved.metadata()["turns"])]
 
 
+def test_a_chat_template_asks_and_the_line_is_not_repeated(
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_run / "best", model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}? {% endfor %}"
+        "{% if add_generation_prompt %}So: {% endif %}"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once\n" + 27 * "a" + "\n"))
+    assert main(["chat", str(model), "--max_new_tokens", "4"]) == 0
+    captured = capsys.readouterr()
+    assert "i3: Once" not in captured.out
+    assert re.search(r"i3: (.|\n)*\[4 tokens in ", captured.out)
+    assert captured.err.startswith("the prompt has 33 tokens")  # the template's six among them
+
+
 def test_a_session_goes_on_where_it_was_left(
     tiny_run: Path,
     tmp_path: Path,

@@ -22,7 +22,8 @@ def chat(
     """Talks to a model: each line you type is continued. Type quit or exit to stop.
 
     A base model continues text and does not know questions from answers; what it writes begins
-    with your own words.
+    with your own words. A model that was tuned on conversations, whose tokenizer has a chat
+    template, is asked by it, and answers.
 
     Without --session each line stands alone. With it, each line continues what was said before,
     the model's state is kept so that a turn costs only its new tokens, and the conversation is
@@ -90,7 +91,7 @@ def _converse(talk: Any, options: Any, streamer: Any) -> None:
             if talk.obeys(line):
                 continue
             talk.check(line, options)
-            print(f"\ni3: {line}", end="", flush=True)
+            print(f"\ni3: {talk.echo(line)}", end="", flush=True)
             completion = talk.say(line, options, streamer)
         except GenerationError as error:
             print(error, file=sys.stderr)
@@ -103,7 +104,7 @@ def _converse(talk: Any, options: Any, streamer: Any) -> None:
 
 
 class _Lines:
-    """Lines that stand alone."""
+    """Lines that stand alone, to be continued or, by a chat template, to be answered."""
 
     greeting = "Type quit or exit to stop."
     ways_out: tuple[str, ...] = ()
@@ -111,14 +112,29 @@ class _Lines:
 
     def __init__(self, generator: Any) -> None:
         self.generator = generator
-        self.say = generator.complete
+        self.answers = bool(generator.tokenizer.chat_template)
 
     def check(self, line: str, options: Any) -> None:
-        """Refuses a line that cannot be continued."""
+        """Refuses a line that there is no room for."""
         from i3lm.inference.loading import check_room
 
-        prompt = len(self.generator.encode_prompt(line))
+        prompt = len(self.generator.encode_prompt(self._prompt(line)))
         check_room(self.generator.model, prompt, options.max_new_tokens)
+
+    def echo(self, line: str) -> str:
+        """What stands before the model's words: the line, where it is continued."""
+        return "" if self.answers else line
+
+    def say(self, line: str, options: Any, streamer: Any) -> Any:
+        """Continues or answers a line."""
+        return self.generator.complete(self._prompt(line), options, streamer)
+
+    def _prompt(self, line: str) -> str:
+        if not self.answers:
+            return line
+        return self.generator.tokenizer.apply_chat_template(
+            [{"role": "user", "content": line}], tokenize=False, add_generation_prompt=True
+        )
 
     def obeys(self, line: str) -> bool:
         """Whether the line was a command, which is then done."""
@@ -145,6 +161,10 @@ class _Talk:
     def check(self, line: str, options: Any) -> None:
         """Refuses a line that cannot be said."""
         self.session.encode_turn(line)
+
+    def echo(self, line: str) -> str:
+        """What stands before the model's words."""
+        return line
 
     @property
     def greeting(self) -> str:
