@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("options", nargs="+")
     given = parser.parse_args()
     # What takes long to import is imported once; a child is a copy of this process.
-    import i3lm.training.run  # noqa: F401
+    import i3lm.training.run  # noqa: F401 (for the children)
 
     straight, killed = given.folder / "straight", given.folder / "killed"
     attempts = count()

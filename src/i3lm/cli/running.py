@@ -43,6 +43,8 @@ def run_command(name: str, function: Callable[..., Any], arguments: list[str]) -
         _say(f"i3lm {name}: interrupted")
         return 130
     except Exception:
+        # A defect: its trace is shown, once where several processes
+        # train together; the others end with a status that tells the launcher so.
         if _speaks():
             raise
         return 1

@@ -127,7 +127,8 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-        return {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()  # what `safe_open` gives is no mapping: it has keys alone
+        return {name.removeprefix(_PREFIX): file.get_tensor(name) for name in names}
 
 
 def _is_adapters_own(name: str) -> bool:

@@ -95,7 +95,7 @@ def find_targets(model: PreTrainedModel, targets: str | list[str]) -> dict[str, 
     if targets == "all":
         return everything
     wanted = [targets] if isinstance(targets, str) else targets
-    found: dict[str, bool] = {}
+    found: set[str] = set()
     for target in wanted:
         if target in _LAYERS:
             inside = [n for n, m in model.named_modules() if isinstance(m, _LAYERS[target])]
@@ -109,7 +109,7 @@ def find_targets(model: PreTrainedModel, targets: str | list[str]) -> dict[str, 
                 f"model: give all, {', '.join(_LAYERS)}, or ends of names such as "
                 f"{', '.join(list(ends)[:6])}"
             )
-        found |= dict.fromkeys(hits)  # type: ignore[arg-type]
+        found |= set(hits)
     return {name: everything[name] for name in everything if name in found}
 
 

@@ -84,6 +84,7 @@ class MuonWithAdamW(Optimizer):
         filled = [group for part in self._parts for group in part.param_groups]
         super().__init__(filled, {"lr": learning_rate})
 
+    # torch declares one overload for each kind of closure; this takes both.
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Takes one step of both parts."""

@@ -153,7 +153,7 @@ class StreamedSet:
                 return
             except DataError:
                 raise
-            except Exception as error:
+            except Exception as error:  # a dozen kinds; those that do not pass are raised on
                 failures += 1
                 problem = f"stopped after {self._records:,} records"
                 self._pause_or_give_up(error, failures, problem)
@@ -168,7 +168,7 @@ class StreamedSet:
         for failures in range(1, TRIES + 1):
             try:
                 return action()
-            except Exception as error:
+            except Exception as error:  # likewise
                 self._pause_or_give_up(error, failures, problem)
         raise AssertionError("the last failure is raised")
 

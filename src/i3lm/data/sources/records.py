@@ -38,11 +38,13 @@ class Skipped(Counter[str]):
             limited: a source whose records are all bad is not worth reading to its end.
     """
 
+    first_problem: str | None
+    found_document: bool
+
     def __init__(self) -> None:
         super().__init__()
         self.places: dict[str, str] = {}
-        self.first_problem: str | None = None
-        self.found_document = False
+        self.reset()
 
     def add(self, error: BadRecordError, place: str) -> None:
         """Counts one record.
@@ -67,7 +69,9 @@ class Skipped(Counter[str]):
     def reset(self) -> None:
         """Begins a new count."""
         self.clear()
-        self.__init__()  # type: ignore[misc]
+        self.places.clear()
+        self.first_problem = None
+        self.found_document = False
 
     def __str__(self) -> str:
         """One line for people: ``skipped 2 records: 2 not JSON (first: a.jsonl, line 7)``."""
