@@ -160,8 +160,10 @@ def _open_stream(
     seed: int,
     progress: Reporting,
 ) -> Opened:
-    source = open_source(options)
-    held_out = tokenize_documents(_held_out(source, data.held_out_fraction), tokenizer)
+    # Read by a source of its own: the one that trains counts the records that it skips itself.
+    held_out = tokenize_documents(
+        _held_out(open_source(options), data.held_out_fraction), tokenizer
+    )
     if held_out.documents == 0:
         raise DataError(
             f"{options.name}: no document falls into the held-out part with "
@@ -169,7 +171,7 @@ def _open_stream(
             "fraction"
         )
     stream = StreamedDocuments(
-        source,
+        open_source(options),
         DocumentEncoder(tokenizer),
         options.name,
         workers=data.workers,
