@@ -127,7 +127,7 @@ def _exp_by_dtype(x):
     return lambda x: math.exp(x)
 
 
-_SIXTEEN = np.uint32(16)
+_SIXTEEN, _HALF, _ONE = np.uint32(16), np.uint32(0x7FFF), np.uint32(1)
 
 
 def widen(x: Any) -> Any:
@@ -145,6 +145,24 @@ def _widen_by_dtype(x):
     if x == types.int8:
         return lambda x: np.float32(x)
     return lambda x: x
+
+
+def written(x: Any, like: Any) -> Any:
+    """A number as arrays of the kind of `like` keep it; bfloat16 rounds to the nearest, or even."""
+    raise NotImplementedError("for use inside numba kernels")  # they take the overload below
+
+
+@inlined()
+def _bfloat16_bits(x):
+    bits = np.float32(x).view(np.uint32)
+    return np.uint16((bits + _HALF + ((bits >> _SIXTEEN) & _ONE)) >> _SIXTEEN)
+
+
+@overload(written, inline="always", jit_options={"fastmath": FAST})
+def _written_by_dtype(x, like):
+    if like == types.uint16:
+        return lambda x, like: _bfloat16_bits(x)
+    return lambda x, like: x
 
 
 def bits_of(tensor: Tensor) -> Tensor:

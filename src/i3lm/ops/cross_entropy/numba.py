@@ -7,45 +7,23 @@ as its gradient. bfloat16 comes as its bits.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import prange, types
-from numba.extending import overload
+from numba import prange
 from torch import Tensor
 
 from i3lm.ops.dispatch import accumulation_dtype
 from i3lm.ops.numba_bridge import (
-    FAST,
     as_arrays,
     bits_of,
     compiled,
     exp,
-    inlined,
     match_threads,
     widen,
+    written,
 )
 
-_HALF, _ONE, _SIXTEEN = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
 _LANES = 64  # running maxima kept side by side, so that their loop vectorises
-
-
-def _written(x: Any, like: Any) -> Any:
-    """A number as a logit of the kind of `like`; bfloat16 rounds to nearest, ties to even."""
-    raise NotImplementedError("for use inside numba kernels")  # they take the overload below
-
-
-@inlined()
-def _bfloat16_bits(x):
-    bits = np.float32(x).view(np.uint32)
-    return np.uint16((bits + _HALF + ((bits >> _SIXTEEN) & _ONE)) >> _SIXTEEN)
-
-
-@overload(_written, inline="always", jit_options={"fastmath": FAST})
-def _written_by_dtype(x, like):
-    if like == types.uint16:
-        return lambda x, like: _bfloat16_bits(x)
-    return lambda x, like: x
 
 
 @compiled()
@@ -83,7 +61,7 @@ def _rows(logits, bias, labels, scale, losses, bias_sums, wants_grad):
                     row[i] *= factor
                 row[labels[r]] -= scale[r]
                 for i in range(V):
-                    logits[r, i] = _written(row[i], logits[r, i])
+                    logits[r, i] = written(row[i], logits[r, i])
                 if bias_sums.shape[1]:
                     for i in range(V):
                         bias_sums[task, i] += row[i]
