@@ -37,6 +37,7 @@ from i3lm.ops.dispatch import use_implementation
 from i3lm.planning import count_parameters, training_flops_per_token
 from i3lm.presets import load_preset
 from i3lm.training.gradient_checkpointing import checkpoint_gradients
+from i3lm.training.optimizers import OnePassAdamW, leave_gradients_narrow, make_optimizer
 
 
 class Step:
@@ -46,21 +47,23 @@ class Step:
         model: The model in training mode.
         loss: Gives the loss of a batch.
         precision: ``fp32`` or ``bf16`` (autocast).
-        groups: Parameter groups for AdamW.
-        fused: Whether to use the fused AdamW.
+        optimizer: Its optimizer.
     """
 
-    def __init__(self, model, loss: Callable, precision: str, groups, fused: bool) -> None:
+    def __init__(self, model, loss: Callable, precision: str, optimizer) -> None:
         self.model, self.loss, self.precision = model, loss, precision
+        self.optimizer = optimizer
         self.device = next(model.parameters()).device.type
-        self.optimizer = torch.optim.AdamW(groups, lr=3e-4, fused=fused)
 
     def __call__(self) -> tuple[float, float]:
         """Runs a step; gives its loss and gradient norm."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             loss = self.loss()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if isinstance(self.optimizer, OnePassAdamW):
+            norm = self.optimizer.clip_grad_norm(1.0)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item(), norm.item()
@@ -81,13 +84,18 @@ def ours(options) -> Step:
     model = AutoModelForCausalLM.from_config(config).to(options.device).train()
     if options.gradient_checkpointing:
         checkpoint_gradients(model, True)
+    optimizer = make_optimizer(
+        "adamw", model, learning_rate=3e-4, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8,
+        fused=True,
+    )  # fmt: skip
+    if isinstance(optimizer, OnePassAdamW):
+        leave_gradients_narrow(model)
     ids, labels = batch_of(config, options)
     return Step(
         model,
         lambda: model(input_ids=ids, shift_labels=labels, skip_logits=True, use_cache=False).loss,
         options.precision,
-        model.parameter_groups(0.1),
-        fused=True,
+        optimizer,
     )
 
 
@@ -139,9 +147,8 @@ def original(options) -> Step:
     config = load_preset(options.preset).config(max_position_embeddings=options.context)
     model = load_original(options.original, config).to(options.device).train()
     ids, labels = batch_of(config, options)
-    return Step(
-        model, lambda: model(ids, labels)[1], options.precision, model.parameters(), fused=False
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    return Step(model, lambda: model(ids, labels)[1], options.precision, optimizer)
 
 
 def peer(options) -> Step:
@@ -161,7 +168,8 @@ def peer(options) -> Step:
         logits = model(input_ids=ids, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
-    return Step(model, loss, options.precision, model.parameters(), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    return Step(model, loss, options.precision, optimizer)
 
 
 CONTESTANTS = {"ours": ours, "original": original, "original-bf16": original, "peer": peer}

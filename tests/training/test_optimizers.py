@@ -15,7 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from i3lm.cli import main
 from i3lm.presets import make_config
-from i3lm.training.optimizers import MuonWithAdamW, make_optimizer, model_groups
+from i3lm.training.optimizers import (
+    MuonWithAdamW,
+    OnePassAdamW,
+    leave_gradients_narrow,
+    make_optimizer,
+    model_groups,
+)
 from tests.cli.test_train import losses
 from tests.conftest import TINY_TRAINING
 
@@ -149,6 +155,86 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(kind: str, name: str):
     assert train(resumed, *parts, steps=3) == expected
     for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
         assert ours.equal(theirs)
+
+
+def test_adamw_in_one_pass_is_clipping_and_adamw():
+    """The same up to last bits, over steps of which some are clipped and some are not."""
+    model = tiny_model()
+    apart = copy.deepcopy(model)
+    ours = optimizer_of(model, "adamw", rate=1e-3)
+    assert isinstance(ours, OnePassAdamW)
+    groups = apart.parameter_groups(0.1)
+    theirs = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    clipped = []
+    for step in range(6):
+        (model(input_ids=IDS, labels=IDS).loss * (0.01 if step % 2 else 10)).backward()
+        for one, other in zip(model.parameters(), apart.parameters(), strict=True):
+            other.grad = one.grad.clone()
+        norm = ours.clip_grad_norm(1.0)
+        for one, other in zip(model.parameters(), apart.parameters(), strict=True):
+            assert one.grad.equal(other.grad)
+        expected = nn.utils.clip_grad_norm_(apart.parameters(), 1.0)
+        torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+        clipped.append(norm.item() > 1)
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert set(clipped) == {True, False}
+    for one, other in zip(model.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    # A clipped step leaves the next one alone, and the state is PyTorch's own.
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+
+
+def test_one_pass_passes_over_parameters_without_a_gradient():
+    model = tiny_model()
+    optimizer = optimizer_of(model, "adamw")
+    first, *others = model.parameters()
+    first.grad = torch.ones_like(first)
+    before = [p.detach().clone() for p in others]
+    optimizer.step()
+    assert all(p.equal(b) for p, b in zip(others, before, strict=True))
+    assert list(optimizer.state) == [first]
+
+
+def test_parameters_that_no_kernel_serves_get_the_adamw_of_pytorch():
+    assert type(optimizer_of(tiny_model().double(), "adamw")) is torch.optim.AdamW
+    model = nn.Linear(3, 4)
+    model.weight = nn.Parameter(torch.zeros(3, 4).T)  # not contiguous
+    assert type(optimizer_of(model, "adamw")) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_gradients_are_those_that_products_give(kind: str):
+    """Bit for bit: the gradients of matrices alone stay in bfloat16, and lose nothing by it."""
+    model = tiny_model(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS, shift_labels=IDS, skip_logits=True).loss.backward()
+    wide = {name: p.grad for name, p in model.named_parameters()}
+    assert {grad.dtype for grad in wide.values()} == {torch.float32}
+    model.zero_grad()
+    leave_gradients_narrow(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS, shift_labels=IDS, skip_logits=True).loss.backward()
+    kinds = set()
+    for name, p in model.named_parameters():
+        assert p.grad.float().equal(wide[name]), name
+        kinds.add((p.dim() == 2, p.grad.dtype))
+    assert (True, torch.bfloat16) in kinds
+    assert model.model.embed_tokens.weight.grad.dtype == torch.float32
+    assert (False, torch.bfloat16) not in kinds
+
+
+def test_a_tied_head_keeps_gradients_in_float32():
+    torch.manual_seed(0)
+    fields = {**TINY, **KINDS["rwkv4"], "tie_word_embeddings": True}
+    model = AutoModelForCausalLM.from_config(make_config(fields))
+    leave_gradients_narrow(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS, shift_labels=IDS, skip_logits=True).loss.backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32
+    assert model.model.layers[0].mixer.key.weight.grad.dtype == torch.bfloat16
 
 
 def test_a_schedule_scales_both_parts():

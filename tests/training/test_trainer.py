@@ -33,6 +33,7 @@ OVERRIDDEN = {
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "log": ["logs", "start_time"],
     "set_initial_training_values": ["args", "dataloader"],
+    "_clip_grad_norm": ["model"],
     "_get_grad_norm": ["model", "grad_norm"],
     "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
     "_init_training_state": [
@@ -59,6 +60,7 @@ OVERRIDDEN = {
 OURS = {
     "__init__", "state_dict", "load_state_dict", "skip_data", "_skip", "_check_tokenizer",
     "_scaler_still_adapts", "_end_with_the_data", "_find_non_finite",
+    "_one_pass_optimizer", "_sums_no_gradients",
 }  # fmt: skip
 
 
@@ -145,11 +147,12 @@ def make_trainer(
     store: Store | None = None,
     epochs: int | None = None,
     model: I3ForCausalLM | None = None,
+    precision: str = "fp32",
     **changes,
 ) -> Recorder:
     options = TrainingOptions(**{
         "max_steps": 6, "batch_size": 2, "save_every": 2, "evaluate_every": 100,
-        "gradient_accumulation_steps": 2, "precision": "fp32",
+        "gradient_accumulation_steps": 2, "precision": precision,
         "learning_rate": 1e-3, "warmup_steps": 0, **changes,
     })  # fmt: skip
     held_out = TokenizedText(
@@ -157,10 +160,10 @@ def make_trainer(
     )
     documents = ShuffledDocuments(store or Store([30, 50, 20, 60]), "store", 0, epochs=epochs)
     arguments = training_arguments(
-        folder, options, "fp32", torch.device("cpu"), max_steps=options.max_steps, resumed=True
+        folder, options, precision, torch.device("cpu"), max_steps=options.max_steps, resumed=True
     )
     return Recorder(
-        model=model or make_model(), args=arguments, held_out=held_out, precision="fp32",
+        model=model or make_model(), args=arguments, held_out=held_out, precision=precision,
         rows=RowBatches(documents, rows, context_length=8, batch_size=options.batch_size),
         timer=StepTimer(1), stateful={"reader": reader} if reader else None,
         configuration="a: b\n",
@@ -173,6 +176,39 @@ def make_model() -> I3ForCausalLM:
         vocab_size=16, hidden_size=8, num_attention_heads=2, layer_types=["linear_attention"]
     )
     return I3ForCausalLM(config)
+
+
+class GradientTypes(TrainerCallback):
+    """Collects the dtypes of the gradients of every step."""
+
+    def __init__(self) -> None:
+        self.seen: set[torch.dtype] = set()
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs) -> None:
+        self.seen |= {p.grad.dtype for p in model.parameters()}
+
+
+def test_gradients_stay_narrow_where_none_are_summed_and_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Weights after six steps are the same bit for bit; a sum of gradients is float32."""
+    weights = []
+    for narrow in (True, False):
+        if not narrow:
+            monkeypatch.setattr("i3lm.training.trainer.leave_gradients_narrow", lambda model: None)
+        trainer = make_trainer(
+            tmp_path / str(narrow), precision="bf16", gradient_accumulation_steps=1
+        )
+        trainer.add_callback(types := GradientTypes())
+        trainer.train()
+        assert types.seen == {torch.float32, torch.bfloat16} if narrow else {torch.float32}
+        weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
+    assert weights[0].equal(weights[1])
+    monkeypatch.undo()
+    trainer = make_trainer(tmp_path / "summed", precision="bf16", gradient_accumulation_steps=2)
+    trainer.add_callback(types := GradientTypes())
+    trainer.train()
+    assert types.seen == {torch.float32}
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:

@@ -218,6 +218,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gradient_dtype(parameter: Tensor) -> torch.dtype | None:
+    """The dtype that the gradient of a tensor is to have; None means that in which it comes."""
+    if torch.compiler.is_compiling() or not parameter.is_leaf:
+        return parameter.dtype
+    return parameter.grad_dtype
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Keeps autocast out of a recurrence, whose exponents and states need full precision."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from i3lm.ops.adamw import ADAMW_STEP, GRADIENT_NORM, AdamWSettings, adamw_step, gradient_norm
 from i3lm.ops.attention import CAUSAL_ATTENTION, PACKED_ATTENTION, causal_attention
 from i3lm.ops.cross_entropy import SOFTMAX_LOSS, linear_cross_entropy
 from i3lm.ops.dispatch import Op, use_implementation
@@ -113,6 +114,22 @@ def _loss(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     return [loss, *torch.autograd.grad(loss, [hidden, weight, bias])]
 
 
+@torch.no_grad()
+def _gradient_norm(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    gradients = _normal(device, dtype, (300, 7), (5,), (70_000,))
+    return [torch.tensor(gradient_norm(gradients), device=device)]
+
+
+@torch.no_grad()
+def _adamw(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    tensors = _normal(device, dtype, *[(300, 7), (5,), (70_000,)] * 4)
+    parameters, gradients, averages, squares = (tensors[i : i + 3] for i in (0, 3, 6, 9))
+    squares = [square.square() for square in squares]
+    settings = [AdamWSettings(0.1, (0.9, 0.99), 1e-8, 0.1, step) for step in (1, 2, 10)]
+    adamw_step(parameters, gradients, averages, squares, settings, scale=0.5)
+    return [*parameters, *averages, *squares]
+
+
 # float32: sums over a hundred terms, in the recurrences with exponents up to about 30. bfloat16
 # keeps 8 bits, and attention rounds to it four times.
 TOLERANCE = 1e-4
@@ -128,6 +145,8 @@ CHECKS = {
         Check(SOFTMAX_LOSS, torch.float32, TOLERANCE, _loss),
         Check(LINEAR, torch.float32, TOLERANCE, _linear),
         Check(LINEAR_OF_FEW_ROWS, torch.float32, TOLERANCE, _few_rows),
+        Check(GRADIENT_NORM, torch.float32, TOLERANCE, _gradient_norm),
+        Check(ADAMW_STEP, torch.float32, TOLERANCE, _adamw),
     )
 }
 

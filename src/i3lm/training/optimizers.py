@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from i3lm.layers import parameter_groups
+from i3lm.layers import Linear, parameter_groups
 from i3lm.layers.parameter_groups import MATRIX
+from i3lm.ops.adamw import ADAMW_STEP, AdamWSettings, adamw_step, gradient_norm
 
 
 def make_optimizer(
@@ -38,7 +40,18 @@ def make_optimizer(
     adamw: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps, "fused": fused}
     if name == "muon":
         return MuonWithAdamW(groups, learning_rate, adamw)
+    if _suit_one_pass([parameter for group in groups for parameter in group["params"]]):
+        return OnePassAdamW(groups, lr=learning_rate, betas=betas, eps=eps)
     return AdamW(groups, **adamw)
+
+
+def _suit_one_pass(parameters: list[Tensor]) -> bool:
+    """Whether a kernel of `adamw_step` serves these parameters."""
+    plain = all(type(p) is nn.Parameter and p.is_contiguous() for p in parameters)
+    kinds = {(p.device, p.dtype) for p in parameters}
+    return plain and all(
+        ADAMW_STEP.choose(*kind).implementation.name != "reference" for kind in kinds
+    )
 
 
 def model_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -50,6 +63,90 @@ def model_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         return own(weight_decay)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return parameter_groups(model, weight_decay, head=head)
+
+
+def leave_gradients_narrow(model: nn.Module) -> None:
+    """Lets gradients of matrices stay in the dtype in which they are computed.
+
+    Under autocast that is bfloat16, and turning them into float32 adds nothing but memory and
+    time. For steps of one backward pass alone: sums of gradients need float32. A matrix that
+    serves in several places keeps float32 as well.
+    """
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for module in model.modules():
+        if isinstance(module, Linear) and uses[id(module.weight)] == 1:
+            module.weight.grad_dtype = None
+
+
+class OnePassAdamW(AdamW):
+    """`torch.optim.AdamW` by `i3lm.ops.adamw_step`, with gradient clipping in the same pass.
+
+    State and settings are those of `torch.optim.AdamW`, so checkpoints of one serve the other.
+    """
+
+    _scale = 1.0
+
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of all gradients, a float32 scalar."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        return torch.tensor(gradient_norm([g for g in gradients if g is not None]))
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Makes the next step one whose gradients have at most this norm; they stay as they are.
+
+        Args:
+            max_norm: The largest norm, more than 0.
+
+        Returns:
+            The norm now, a float32 scalar.
+        """
+        norm = self.gradient_norm()
+        # As torch.nn.utils.clip_grad_norm_ does.
+        self._scale = min(1.0, max_norm / (norm.item() + 1e-6))
+        return norm
+
+    # torch declares one overload for each kind of closure; this takes both.
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Takes one step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moved = [
+            (p, self._state_of(p), group)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        torch._foreach_add_([state["step"] for _, state, _ in moved], 1)
+        adamw_step(
+            [p for p, _, _ in moved],
+            [p.grad for p, _, _ in moved],
+            [state["exp_avg"] for _, state, _ in moved],
+            [state["exp_avg_sq"] for _, state, _ in moved],
+            [
+                AdamWSettings(
+                    float(group["lr"]),
+                    group["betas"],
+                    group["eps"],
+                    group["weight_decay"],
+                    int(state["step"]),
+                )
+                for _, state, group in moved
+            ],
+            scale=self._scale,
+        )
+        self._scale = 1.0
+        return loss
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
 
 
 class MuonWithAdamW(Optimizer):

@@ -36,7 +36,7 @@ from i3lm.training.checkpoints import (
 )
 from i3lm.training.guards import ALL_FINITE, NonFiniteError, find_non_finite
 from i3lm.training.metrics import StepTimer
-from i3lm.training.optimizers import make_optimizer
+from i3lm.training.optimizers import OnePassAdamW, leave_gradients_narrow, make_optimizer
 from i3lm.training.sharding import shard_model, shard_optimizer, whole_weights
 
 
@@ -141,7 +141,23 @@ class I3Trainer(Trainer):
             )
             if self.is_sharded:
                 shard_optimizer(self.optimizer)
+            if self._sums_no_gradients():
+                leave_gradients_narrow(self.model)
         return self.optimizer
+
+    def _sums_no_gradients(self) -> bool:
+        """Whether a step's gradients are those of one backward pass, and the optimizer's alone."""
+        return (
+            self._one_pass_optimizer() is not None
+            and self.args.gradient_accumulation_steps == 1
+            and self.args.world_size == 1
+            and not self.args.torch_compile
+        )
+
+    def _one_pass_optimizer(self) -> OnePassAdamW | None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # in accelerate's wrapper
+        usable = isinstance(optimizer, OnePassAdamW) and self.accelerator.scaler is None
+        return optimizer if usable else None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores the held-out text; the figures go to the log as ``eval_...``."""
@@ -197,11 +213,20 @@ class I3Trainer(Trainer):
         """Sharded gradients are summed after every batch: kept whole, they would not fit."""
         return nullcontext()
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clips the gradients, in the optimizer's own pass where it can; gives their norm."""
+        optimizer = self._one_pass_optimizer()
+        if optimizer is None:
+            return super()._clip_grad_norm(model)
+        return optimizer.clip_grad_norm(self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the gradients; a step whose norm is not finite is not taken.
 
         Reading it waits for the device, right after the Trainer itself did to count tokens.
         """
+        if grad_norm is None and (optimizer := self._one_pass_optimizer()) is not None:
+            grad_norm = optimizer.gradient_norm()
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()

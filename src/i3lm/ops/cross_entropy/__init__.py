@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from i3lm.ops.cross_entropy.reference import softmax_loss_reference
-from i3lm.ops.dispatch import Implementation, Op, accumulation_dtype, numba_refuses_bits
+from i3lm.ops.dispatch import (
+    Implementation,
+    Op,
+    accumulation_dtype,
+    gradient_dtype,
+    numba_refuses_bits,
+)
 from i3lm.ops.linear import linear
 
 # Logits that exist at one time, in bytes: large pieces make efficient matrix products.
@@ -112,6 +118,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_bias = weight.new_zeros(weight.shape[0], dtype=precise) if wants_bias else None
         grad_weight = None
+        # Of one piece, the gradient may stay in the dtype of the product that gave it.
+        as_it_comes = gradient_dtype(weight) is None and rows >= hidden.shape[0]
+        summed = dtype if as_it_comes else precise
         total = hidden.new_zeros((), dtype=precise)
         # A compiler fuses the plain form itself.
         name = "reference" if torch.compiler.is_compiling() else None
@@ -139,9 +148,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_hidden[piece] = linear(logits, narrow.T)
                 if wants_weight:
                     part = linear(logits.T, x.T)
-                    grad_weight = (
-                        part.to(precise) if grad_weight is None else grad_weight.add_(part)
-                    )
+                    grad_weight = part.to(summed) if grad_weight is None else grad_weight.add_(part)
         if rest is not None:
             for grad in (grad_hidden, grad_weight, grad_bias):
                 if grad is not None:
@@ -149,7 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wants_weight and grad_weight is None:  # not one row
             grad_weight = torch.zeros_like(weight, dtype=precise)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes = (hidden.dtype, gradient_dtype(weight), None if bias is None else bias.dtype)
         return total
 
     @staticmethod
@@ -162,5 +169,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads = [
             grad if grad is None or as_it_is else grad * grad_loss for grad in ctx.saved_tensors
         ]
-        grads = [g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
+        grads = [
+            g if g is None or d is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)
+        ]
         return (*grads, None, None, None, None, None)

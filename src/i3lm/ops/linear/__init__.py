@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from i3lm.ops.dispatch import Implementation, Op, numba_refuses_bits
+from i3lm.ops.dispatch import Implementation, Op, gradient_dtype, numba_refuses_bits
 
 # Up to so many rows, a product is bound by reading the matrix.
 FEW_ROWS = 4
@@ -62,6 +62,23 @@ def _mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, low).to(x.dtype)
 
 
+class _Narrowed(torch.autograd.Function):
+    """A matrix in autocast's dtype, which is that of its gradient where `gradient_dtype` allows.
+
+    Autocast would keep the copy until its block ends, though no product needs it again.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, dtype):
+        ctx.grad_dtype = gradient_dtype(weight)
+        return weight.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return (grad if ctx.grad_dtype is None else grad.to(ctx.grad_dtype)), None
+
+
 # Of one row or a few, as in decoding.
 LINEAR_OF_FEW_ROWS = Op(
     "linear_of_few_rows",
@@ -104,8 +121,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.numel() == 0
         or type(weight) not in (Tensor, torch.nn.Parameter)
         or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
     ):
+        return plain(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):
+        if weight.dtype == torch.float32 and weight.requires_grad and torch.is_grad_enabled():
+            weight = _Narrowed.apply(weight, torch.get_autocast_dtype("cpu"))
         return plain(x, weight, bias)
     if (
         x.numel() <= FEW_ROWS * x.shape[-1]

@@ -1,0 +1,125 @@
+"""The norm of a model's gradients, and a step of AdamW, over all tensors at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from i3lm.ops.adamw.reference import adamw_step_reference, gradient_norm_reference
+from i3lm.ops.dispatch import Implementation, Op, numba_refuses
+
+
+class AdamWSettings(NamedTuple):
+    """What a step of AdamW does with one tensor.
+
+    Attributes:
+        learning_rate: The learning rate of this step.
+        betas: Decay rates of the averages of gradient and squared gradient.
+        eps: What keeps the quotient finite.
+        weight_decay: The decay, in units of the learning rate.
+        step: The number of this step, from 1.
+    """
+
+    learning_rate: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    step: int
+
+
+def _refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype != torch.float32:
+        return f"serves float32, not {dtype}"
+    return numba_refuses(device, dtype)
+
+
+def _norm_numba(gradients: Sequence[Tensor]) -> float:
+    from i3lm.ops.adamw.numba import gradient_norm_numba
+
+    return gradient_norm_numba(gradients)
+
+
+def _step_numba(*inputs: Any) -> None:
+    from i3lm.ops.adamw.numba import adamw_step_numba
+
+    adamw_step_numba(*inputs)
+
+
+GRADIENT_NORM = Op(
+    "gradient_norm",
+    [
+        Implementation("numba", _norm_numba, refuses=_refuses),
+        Implementation("reference", gradient_norm_reference),
+    ],
+)
+ADAMW_STEP = Op(
+    "adamw_step",
+    [
+        Implementation("numba", _step_numba, refuses=_refuses),
+        Implementation("reference", adamw_step_reference),
+    ],
+)
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> float:
+    """Gives the 2-norm of all gradients together, summed in float64.
+
+    Args:
+        gradients: Tensors of any shapes on one device, float32 and bfloat16 mixed, or float64.
+    """
+    if not gradients:
+        return 0.0
+    return _implementation(GRADIENT_NORM, gradients[0]).forward(gradients)
+
+
+def adamw_step(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    settings: Sequence[AdamWSettings],
+    *,
+    scale: float = 1.0,
+) -> None:
+    """Takes a step of AdamW (arXiv:1711.05101, algorithm 2) in place.
+
+    With ``g = scale * gradient``::
+
+        m = m + (1 - beta1) (g - m)
+        v = beta2 v + (1 - beta2) g^2
+        p = (1 - lr decay) p - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+
+    which is what `torch.optim.AdamW` computes. On a CPU, all tensors are one launch and memory is
+    passed over once.
+
+    Args:
+        parameters: The tensors p, contiguous, float32 or float64.
+        gradients: Their gradients, of the same shapes, in the parameter's dtype or bfloat16.
+        averages: The averages m, as the parameters.
+        squares: The averages v, as the parameters.
+        settings: Rates and number of the step, one for each parameter.
+        scale: What the gradients are multiplied by, as to clip their norm.
+
+    Raises:
+        ValueError: Tensors that do not fit together.
+    """
+    if not parameters:
+        return
+    for name, group in (("gradient", gradients), ("average", averages), ("square", squares)):
+        for i, (p, x) in enumerate(zip(parameters, group, strict=True)):
+            if x.shape != p.shape:
+                raise ValueError(
+                    f"{name} {i} ({tuple(x.shape)}) must have its parameter's shape "
+                    f"{tuple(p.shape)}"
+                )
+    implementation = _implementation(ADAMW_STEP, parameters[0])
+    implementation.forward(parameters, gradients, averages, squares, settings, scale)
+
+
+def _implementation(op: Op, tensor: Tensor) -> Implementation:
+    # A gradient in bfloat16 is read as float32.
+    dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
+    return op.choose(tensor.device, dtype).implementation

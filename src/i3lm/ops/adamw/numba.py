@@ -1,0 +1,177 @@
+"""Gradient norm and AdamW on the CPU: all tensors of a model in one launch each.
+
+Both only pass over memory. PyTorch's own clipping and fused AdamW read and write the gradients
+twice more, and start their threads once per tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, prange, types
+from numba.core.typing.templates import Signature
+from numba.extending import intrinsic
+from torch import Tensor
+
+from i3lm.ops.adamw import AdamWSettings
+from i3lm.ops.numba_bridge import compiled, inlined, match_threads, widen
+
+# Elements of a task, and of the piece of it whose working array stays in the first cache.
+_TASK, _PIECE = 65536, 1024
+
+
+def _address_as_pointer(typing_context: Any, address: Any, dtype: Any) -> tuple[Signature, Any]:
+    pointer = types.CPointer(dtype.dtype)
+
+    def generate(context: Any, builder: Any, signature: Signature, values: Any) -> Any:
+        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+    return pointer(address, dtype), generate
+
+
+# Inside a kernel, the pointer to numbers of a type at an address.
+_pointer: Any = intrinsic(_address_as_pointer)
+
+
+@inlined()
+def _load(work, row, address, is_narrow, start, stop):
+    """Copies numbers from an address, float32 or the bits of bfloat16, into a row."""
+    if is_narrow:
+        bits = carray(_pointer(address, np.uint16), stop)[start:stop]
+        for i in range(bits.shape[0]):
+            work[row, i] = widen(bits[i])
+    else:
+        numbers = carray(_pointer(address, np.float32), stop)[start:stop]
+        for i in range(numbers.shape[0]):
+            work[row, i] = numbers[i]
+
+
+@inlined()
+def _store(address, work, row, start, stop):
+    numbers = carray(_pointer(address, np.float32), stop)[start:stop]
+    for i in range(numbers.shape[0]):
+        numbers[i] = work[row, i]
+
+
+@compiled()
+def _sums_of_squares(tasks, addresses, narrow, sums):
+    for task in prange(len(tasks)):
+        tensor, begin, end = tasks[task, 0], tasks[task, 1], tasks[task, 2]
+        work = np.empty((1, _PIECE), np.float32)
+        total = np.float64(0)
+        for start in range(begin, end, _PIECE):
+            stop = min(start + _PIECE, end)
+            _load(work, 0, addresses[tensor, 0], narrow[tensor], start, stop)
+            work[0, stop - start :] = 0
+            part = np.float32(0)
+            for i in range(_PIECE):
+                part += work[0, i] * work[0, i]
+            total += part
+        sums[task] = total
+
+
+@compiled()
+def _steps(tasks, addresses, narrow, settings, scale):
+    for task in prange(len(tasks)):
+        tensor, begin, end = tasks[task, 0], tasks[task, 1], tasks[task, 2]
+        parameter, gradient = addresses[tensor, 0], addresses[tensor, 1]
+        average, square = addresses[tensor, 2], addresses[tensor, 3]
+        kept, step_size = settings[tensor, 0], settings[tensor, 1]
+        beta1, beta2 = settings[tensor, 2], settings[tensor, 3]
+        correction, eps = settings[tensor, 4], settings[tensor, 5]
+        fresh1, fresh2 = np.float32(1) - beta1, np.float32(1) - beta2
+        work = np.empty((4, _PIECE), np.float32)
+        for start in range(begin, end, _PIECE):
+            stop = min(start + _PIECE, end)
+            _load(work, 0, parameter, False, start, stop)
+            _load(work, 1, gradient, narrow[tensor], start, stop)
+            _load(work, 2, average, False, start, stop)
+            _load(work, 3, square, False, start, stop)
+            for i in range(_PIECE):
+                g = work[1, i] * scale
+                m = work[2, i] + (g - work[2, i]) * fresh1
+                v = work[3, i] * beta2 + g * g * fresh2
+                update = step_size * m / (math.sqrt(v) * correction + eps)
+                work[0, i] = work[0, i] * kept - update
+                work[2, i], work[3, i] = m, v
+            _store(parameter, work, 0, start, stop)
+            _store(average, work, 2, start, stop)
+            _store(square, work, 3, start, stop)
+
+
+@lru_cache(maxsize=8)
+def _tasks(sizes: tuple[int, ...]) -> np.ndarray:
+    """Pieces of the tensors, (tensor, start, stop) each, about as large as each other."""
+    return np.array(
+        [
+            (tensor, start, min(start + _TASK, size))
+            for tensor, size in enumerate(sizes)
+            for start in range(0, size, _TASK)
+        ],
+        np.int64,
+    ).reshape(-1, 3)
+
+
+def _where(*groups: Sequence[Tensor]) -> np.ndarray:
+    """The addresses of the tensors that belong together, a row each."""
+    return np.array([[x.data_ptr() for x in row] for row in zip(*groups, strict=True)], np.int64)
+
+
+def _readable(gradients: Sequence[Tensor]) -> tuple[list[Tensor], np.ndarray]:
+    """The gradients as they can be read in order, and which of them are in bfloat16."""
+    for gradient in gradients:
+        if gradient.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"a gradient must be float32 or bfloat16, not {gradient.dtype}")
+    narrow = np.array([gradient.dtype == torch.bfloat16 for gradient in gradients])
+    return [gradient.contiguous() for gradient in gradients], narrow
+
+
+def gradient_norm_numba(gradients: Sequence[Tensor]) -> float:
+    """Computes `gradient_norm_reference` on the CPU."""
+    match_threads()
+    read, narrow = _readable(gradients)
+    tasks = _tasks(tuple(gradient.numel() for gradient in read))
+    sums = np.empty(len(tasks))
+    _sums_of_squares(tasks, _where(read), narrow, sums)
+    return math.sqrt(sums.sum())
+
+
+def adamw_step_numba(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    settings: Sequence[AdamWSettings],
+    scale: float,
+) -> None:
+    """Computes `adamw_step_reference` on the CPU."""
+    for tensor in (*parameters, *averages, *squares):
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(
+                f"parameters and averages must be contiguous float32, not {tensor.dtype} with "
+                f"strides {tensor.stride()} for shape {tuple(tensor.shape)}"
+            )
+    match_threads()
+    read, narrow = _readable(gradients)
+    factors = [
+        (
+            1 - s.learning_rate * s.weight_decay,
+            s.learning_rate / (1 - s.betas[0] ** s.step),
+            *s.betas,
+            (1 - s.betas[1] ** s.step) ** -0.5,
+            s.eps,
+        )
+        for s in settings
+    ]
+    _steps(
+        _tasks(tuple(p.numel() for p in parameters)),
+        _where(parameters, read, averages, squares),
+        narrow,
+        np.array(factors, np.float32),
+        np.float32(scale),
+    )

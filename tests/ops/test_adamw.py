@@ -1,0 +1,116 @@
+"""Gradient norm and AdamW against PyTorch's own, and against the plain form in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from i3lm.ops import adamw
+from i3lm.ops.adamw import AdamWSettings, adamw_step, gradient_norm
+from i3lm.ops.dispatch import use_implementation
+
+RATES = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+# Around the kernel's pieces of 1,024 and tasks of 65,536, empty and scalar ones among them.
+SHAPES = [(0,), (), (1,), (3, 5), (1023,), (1024,), (1025,), (65536,), (2, 65537), (257, 259)]
+IMPLEMENTATIONS = adamw.ADAMW_STEP.names
+
+
+def normals(shapes, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def settings_of(step: int) -> AdamWSettings:
+    return AdamWSettings(RATES["lr"], RATES["betas"], RATES["eps"], RATES["weight_decay"], step)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_steps_are_those_of_pytorch(implementation: str):
+    """Some roundings per step, in float32: a few last bits after ten."""
+    ours = normals(SHAPES, 0)
+    theirs = [torch.nn.Parameter(x.clone().double()) for x in ours]
+    optimizer = torch.optim.AdamW(theirs, **RATES)
+    averages, squares = ([torch.zeros_like(p) for p in ours] for _ in range(2))
+    for step in range(1, 11):
+        gradients = normals(SHAPES, step)
+        for p, gradient in zip(theirs, gradients, strict=True):
+            p.grad = 0.25 * gradient.double()
+        optimizer.step()
+        with use_implementation(adamw_step=implementation):
+            adamw_step(
+                ours, gradients, averages, squares, [settings_of(step)] * len(ours), scale=0.25
+            )
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.double(), q.data, rtol=2e-6, atol=2e-6)
+        if p.numel():
+            state = optimizer.state[q]
+            i = next(i for i, x in enumerate(ours) if x is p)
+            torch.testing.assert_close(averages[i].double(), state["exp_avg"], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(
+                squares[i].double(), state["exp_avg_sq"], rtol=1e-5, atol=1e-7
+            )
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=8),
+    steps=st.integers(1, 10_000),
+    narrow=st.booleans(),
+    scale=st.floats(0, 2),
+    seed=st.integers(0, 2**16),
+)
+@settings(deadline=None, max_examples=50)
+def test_numba_is_the_reference(shapes, steps: int, narrow: bool, scale: float, seed: int):
+    kinds = [torch.bfloat16 if narrow and i % 2 else torch.float32 for i in range(len(shapes))]
+    gradients = [x.to(k) for x, k in zip(normals(shapes, seed), kinds, strict=True)]
+    results = {}
+    for name, dtype in (("numba", torch.float32), ("reference", torch.float64)):
+        p, m, v = (normals(shapes, seed + k, dtype) for k in (1, 2, 3))
+        v = [x.square() for x in v]
+        with use_implementation(adamw_step=name):
+            adamw_step(p, gradients, m, v, [settings_of(steps)] * len(p), scale=scale)
+        results[name] = [*p, *m, *v]
+    for ours, exact in zip(results["numba"], results["reference"], strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", adamw.GRADIENT_NORM.names)
+def test_norm_is_that_of_all_numbers_at_once(implementation: str):
+    gradients = normals(SHAPES, 0)
+    gradients[4] = gradients[4].bfloat16()
+    gradients[9] = gradients[9].T  # not contiguous
+    exact = torch.cat([gradient.double().flatten() for gradient in gradients]).norm().item()
+    with use_implementation(gradient_norm=implementation):
+        assert gradient_norm(gradients) == pytest.approx(exact, rel=1e-7)
+        assert gradient_norm([]) == 0
+        for bad in (float("inf"), float("nan")):
+            assert not torch.tensor(gradient_norm([*gradients, torch.tensor([bad])])).isfinite()
+
+
+def test_the_same_bits_with_any_number_of_threads():
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        p, g, m, v = (normals(SHAPES, seed) for seed in range(4))
+        v = [x.abs() for x in v]
+        norm = gradient_norm(g)
+        adamw_step(p, g, m, v, [settings_of(3)] * len(p))
+        results.append((norm, [*p, *m, *v]))
+    torch.set_num_threads(before)
+    assert results[0][0] == results[1][0]
+    assert all(a.equal(b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_what_does_not_fit_is_refused():
+    p, g, m, v = ([torch.zeros(3, 4)] for _ in range(4))
+    with pytest.raises(ValueError, match=r"gradient 0 \(\(4, 3\)\) must have .* shape \(3, 4\)"):
+        adamw_step(p, [torch.zeros(4, 3)], m, v, [settings_of(1)])
+    with use_implementation(adamw_step="numba"):
+        with pytest.raises(ValueError, match="must be contiguous float32"):
+            adamw_step([torch.zeros(4, 3).T], g, m, v, [settings_of(1)])
+        with pytest.raises(ValueError, match=r"must be float32 or bfloat16, not torch\.float16"):
+            adamw_step(p, [g[0].half()], m, v, [settings_of(1)])
+    assert p[0].count_nonzero() == 0
