@@ -86,7 +86,7 @@ def ours(options) -> Step:
         checkpoint_gradients(model, True)
     optimizer = make_optimizer(
         "adamw", model, learning_rate=3e-4, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8,
-        fused=True,
+        fused=True, state=options.optimizer_state,
     )  # fmt: skip
     if isinstance(optimizer, OnePassAdamW):
         leave_gradients_narrow(model)
@@ -263,6 +263,10 @@ def main() -> int:
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="ours keeps layer inputs alone"
     )
+    parser.add_argument(
+        "--optimizer-state", choices=("fp32", "bf16"), default="fp32",
+        help="what ours keeps the averages of AdamW in",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", help="append the JSON line to this file")
     parser.add_argument("--only", choices=tuple(CONTESTANTS), help=argparse.SUPPRESS)
@@ -304,7 +308,8 @@ def main() -> int:
     setting = {
         key: vars(options)[key]
         for key in (
-            "preset", "batch", "context", "precision", "device", "gradient_checkpointing"
+            "preset", "batch", "context", "precision", "device", "gradient_checkpointing",
+            "optimizer_state",
         )
     }  # fmt: skip
     report("training_step", {**setting, "results": results}, options.output)

@@ -104,12 +104,51 @@ def test_the_same_bits_with_any_number_of_threads():
     assert all(a.equal(b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
+@pytest.mark.parametrize("shape", [(5,), (1025,), (300, 7), (70_000,)], ids=str)
+def test_bfloat16_averages_are_those_of_the_reference(shape: tuple[int, ...]):
+    """The random bits are the same; but last bits before rounding differ, and a few fall apart."""
+    results = {}
+    for name in IMPLEMENTATIONS:
+        p, g, m, v = (normals([(3,), shape], seed) for seed in range(4))
+        m, v = [x.bfloat16() for x in m], [x.abs().bfloat16() for x in v]
+        with use_implementation(adamw_step=name):
+            for step in (1, 2):
+                adamw_step(p, g, m, v, [settings_of(step)] * 2)
+        results[name] = torch.cat([x.double().flatten() for x in (*p, *m, *v)])
+    one, other = results.values()
+    torch.testing.assert_close(one, other, rtol=2**-6, atol=1e-6)
+    averages = slice(one.numel() // 3, None)
+    assert (one[averages] != other[averages]).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_averages_are_right_on_average(implementation: str):
+    """A thousand steps that each change v by less than its last bit: it still arrives."""
+    size, beta2 = 4096, 0.999
+    p, m = [torch.zeros(size)], [torch.zeros(size, dtype=torch.bfloat16)]
+    v = [torch.ones(size, dtype=torch.bfloat16)]
+    g = [torch.full((size,), 2**0.5)]
+    plain = v[0].clone()
+    for step in range(1, 1001):
+        with use_implementation(adamw_step=implementation):
+            settings = AdamWSettings(1e-3, (0.9, beta2), 1e-8, 0.0, step)
+            adamw_step(p, g, m, v, [settings])
+        plain = (plain.float() * beta2 + 2 * (1 - beta2)).bfloat16()
+    exact = 2 - beta2**1000  # from 1 towards 2
+    assert v[0].double().mean().item() == pytest.approx(exact, rel=2e-3)
+    assert m[0].double().mean().item() == pytest.approx(2**0.5, rel=2e-3)
+    assert plain.double().mean() < 1.1  # rounded to the nearest it stands still
+
+
 def test_what_does_not_fit_is_refused():
     p, g, m, v = ([torch.zeros(3, 4)] for _ in range(4))
     with pytest.raises(ValueError, match=r"gradient 0 \(\(4, 3\)\) must have .* shape \(3, 4\)"):
         adamw_step(p, [torch.zeros(4, 3)], m, v, [settings_of(1)])
     with use_implementation(adamw_step="numba"):
-        with pytest.raises(ValueError, match="must be contiguous float32"):
+        with pytest.raises(
+            ValueError,
+            match=r"must be contiguous torch\.float32, not torch\.float32 with strides \(1, 3\)",
+        ):
             adamw_step([torch.zeros(4, 3).T], g, m, v, [settings_of(1)])
         with pytest.raises(ValueError, match=r"must be float32 or bfloat16, not torch\.float16"):
             adamw_step(p, [g[0].half()], m, v, [settings_of(1)])

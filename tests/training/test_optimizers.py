@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
 from i3lm.cli import main
+from i3lm.errors import ConfigurationError
 from i3lm.presets import make_config
 from i3lm.training.optimizers import (
     MuonWithAdamW,
@@ -22,6 +24,7 @@ from i3lm.training.optimizers import (
     make_optimizer,
     model_groups,
 )
+from i3lm.training.options import TrainingOptions
 from tests.cli.test_train import losses
 from tests.conftest import TINY_TRAINING
 
@@ -273,8 +276,10 @@ def test_under_accelerate_with_a_loss_scaler():
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_a_run_with_muon_resumes_exactly(tmp_path: Path):
-    options = [*TINY_TRAINING, "--training.optimizer", "muon", "--training.max_steps", "12"]
+@pytest.mark.parametrize("chosen", ["optimizer=muon", "optimizer_state=bf16"])
+def test_a_run_resumes_exactly(chosen: str, tmp_path: Path):
+    name, value = chosen.split("=")
+    options = [*TINY_TRAINING, f"--training.{name}", value, "--training.max_steps", "12"]
     options += ["--training.save_every", "5"]
     straight, run = tmp_path / "straight", tmp_path / "run"
     for output in (straight, run):
@@ -286,6 +291,28 @@ def test_a_run_with_muon_resumes_exactly(tmp_path: Path):
     tail = {step: loss for step, loss in losses(straight).items() if step > 5}
     assert losses(run) == tail
     assert losses(straight)[12] < losses(straight)[1] - 0.3
+    if chosen == "optimizer_state=bf16":
+        state = torch.load(run / "checkpoints" / "checkpoint-12" / "optimizer.pt")["state"]
+        kinds = {entry[k].dtype for entry in state.values() for k in ("exp_avg", "exp_avg_sq")}
+        assert kinds == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"optimizer_state": "int8"}, "(int8) must be one of fp32, bf16"),
+        ({"optimizer_state": "bf16", "optimizer": "muon"}, "goes with training.optimizer adamw"),
+    ],
+)
+def test_states_that_cannot_be(options: dict[str, str], reason: str):
+    with pytest.raises(ConfigurationError, match=re.escape(reason)):
+        TrainingOptions(**options)
+
+
+def test_a_narrow_state_needs_the_kernel():
+    settings = {"weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+    with pytest.raises(ConfigurationError, match=r"optimizer_state \(bf16\) is for weights in"):
+        make_optimizer("adamw", nn.Linear(2, 2).double(), learning_rate=1, state="bf16", **settings)
 
 
 def test_unknown_optimizer_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

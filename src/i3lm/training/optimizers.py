@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from i3lm.errors import ConfigurationError
 from i3lm.layers import Linear, parameter_groups
 from i3lm.layers.parameter_groups import MATRIX
 from i3lm.ops.adamw import ADAMW_STEP, AdamWSettings, adamw_step, gradient_norm
@@ -24,6 +25,7 @@ def make_optimizer(
     betas: tuple[float, float],
     eps: float,
     fused: bool,
+    state: str = "fp32",
 ) -> Optimizer:
     """Gives the optimizer of a model's trainable parameters.
 
@@ -35,13 +37,23 @@ def make_optimizer(
         betas: AdamW's.
         eps: AdamW's.
         fused: Whether AdamW computes a step in one kernel.
+        state: What AdamW keeps its averages in: ``fp32``, or ``bf16`` for half the memory.
+
+    Raises:
+        ConfigurationError: `state` is ``bf16`` where `OnePassAdamW` does not serve.
     """
     groups = model_groups(model, weight_decay)
     adamw: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps, "fused": fused}
     if name == "muon":
         return MuonWithAdamW(groups, learning_rate, adamw)
     if _suit_one_pass([parameter for group in groups for parameter in group["params"]]):
-        return OnePassAdamW(groups, lr=learning_rate, betas=betas, eps=eps)
+        kept = torch.bfloat16 if state == "bf16" else torch.float32
+        return OnePassAdamW(groups, kept, lr=learning_rate, betas=betas, eps=eps)
+    if state != "fp32":
+        raise ConfigurationError(
+            f"training.optimizer_state ({state}) is for weights in float32 on a CPU, where numba "
+            "works (see i3lm doctor): choose fp32"
+        )
     return AdamW(groups, **adamw)
 
 
@@ -82,9 +94,24 @@ class OnePassAdamW(AdamW):
     """`torch.optim.AdamW` by `i3lm.ops.adamw_step`, with gradient clipping in the same pass.
 
     State and settings are those of `torch.optim.AdamW`, so checkpoints of one serve the other.
+
+    Args:
+        groups: Parameter groups.
+        state_dtype: What the averages are kept in, float32 or bfloat16.
+        settings: As for `torch.optim.AdamW`.
     """
 
-    _scale = 1.0
+    _AVERAGES = "exp_avg", "exp_avg_sq"
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        state_dtype: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> None:
+        super().__init__(groups, **settings)
+        self.state_dtype = state_dtype
+        self._scale = 1.0
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of all gradients, a float32 scalar."""
@@ -144,9 +171,16 @@ class OnePassAdamW(AdamW):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            for name in self._AVERAGES:
+                state[name] = torch.zeros_like(parameter, dtype=self.state_dtype)
         return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of another; its averages become `state_dtype`."""
+        super().load_state_dict(state_dict)  # which makes all of it the parameters' dtype
+        for state in self.state.values():
+            for name in self._AVERAGES:
+                state[name] = state[name].to(self.state_dtype)
 
 
 class MuonWithAdamW(Optimizer):

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from i3lm.errors import ConfigurationError
 
 OPTIMIZERS = ("adamw", "muon")
+OPTIMIZER_STATES = ("fp32", "bf16")
 SHARDINGS = ("none", "full")
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 # As in `i3lm.data.mixing` and `i3lm.data.rows`, which this file does not import: the command line
@@ -187,6 +188,8 @@ class TrainingOptions:
         context_length: Tokens per row; by default the model's context.
         optimizer: adamw, or muon: Muon for the matrices of the layers, AdamW for embeddings, head,
             vectors and decay rates. One learning rate serves both.
+        optimizer_state: What AdamW keeps its averages in: fp32, or bf16 (on a CPU), which saves 4
+            bytes a parameter, a quarter of what training without activations takes.
         learning_rate: Peak rate, reached after the warm-up; by default 1e-3 for a new model and
             for adapters, and 1e-4 for a whole checkpoint.
         min_learning_rate_ratio: What is left of the rate at the end of the cosine.
@@ -229,6 +232,7 @@ class TrainingOptions:
     gradient_accumulation_steps: int = 1
     context_length: int | None = None
     optimizer: str = "adamw"
+    optimizer_state: str = "fp32"
     learning_rate: float | None = None
     min_learning_rate_ratio: float = 0.1
     warmup_steps: int | None = None
@@ -283,6 +287,12 @@ class TrainingOptions:
              f"must be one of {', '.join(TRACKERS)}"),
             ("training.optimizer", self.optimizer, self.optimizer in OPTIMIZERS,
              f"must be one of {', '.join(OPTIMIZERS)}"),
+            ("training.optimizer_state", self.optimizer_state,
+             self.optimizer_state in OPTIMIZER_STATES,
+             f"must be one of {', '.join(OPTIMIZER_STATES)}"),
+            ("training.optimizer_state", self.optimizer_state,
+             self.optimizer_state == "fp32" or self.optimizer == "adamw",
+             "goes with training.optimizer adamw"),
             ("training.learning_rate", self.learning_rate,
              self.learning_rate is None or self.learning_rate > 0,
              "must be above 0"),

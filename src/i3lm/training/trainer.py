@@ -138,6 +138,7 @@ class I3Trainer(Trainer):
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
                 fused=self.args.device.type in ("cpu", "cuda"),
+                state=getattr(self.args, "optimizer_state", "fp32"),
             )
             if self.is_sharded:
                 shard_optimizer(self.optimizer)

@@ -95,11 +95,16 @@ def adamw_step(
     which is what `torch.optim.AdamW` computes. On a CPU, all tensors are one launch and memory is
     passed over once.
 
+    Averages in bfloat16 take half the memory. Rounded to the nearest, v would stand still where a
+    step changes it by less than half of its last bit, so each number is rounded up or down at
+    random, by as much as it is nearer to either (arXiv:1502.02551, section 3): right on average.
+    The random bits are a hash of place and step: the same step gives the same bits anywhere.
+
     Args:
         parameters: The tensors p, contiguous, float32 or float64.
         gradients: Their gradients, of the same shapes, in the parameter's dtype or bfloat16.
-        averages: The averages m, as the parameters.
-        squares: The averages v, as the parameters.
+        averages: The averages m, of the same shapes, in the parameter's dtype or all in bfloat16.
+        squares: The averages v, likewise.
         settings: Rates and number of the step, one for each parameter.
         scale: What the gradients are multiplied by, as to clip their norm.
 

@@ -19,10 +19,13 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from i3lm.ops.adamw import AdamWSettings
+from i3lm.ops.adamw.reference import HASH_FACTORS, rounding_key
 from i3lm.ops.numba_bridge import compiled, inlined, match_threads, widen
 
 # Elements of a task, and of the piece of it whose working array stays in the first cache.
 _TASK, _PIECE = 65536, 1024
+_SIXTEEN, _THIRTEEN, _LOW_HALF = np.uint32(16), np.uint32(13), np.uint32(0xFFFF)
+_FACTORS = tuple(np.uint32(factor) for factor in HASH_FACTORS)
 
 
 def _address_as_pointer(typing_context: Any, address: Any, dtype: Any) -> tuple[Signature, Any]:
@@ -58,6 +61,26 @@ def _store(address, work, row, start, stop):
         numbers[i] = work[row, i]
 
 
+@inlined()
+def _round_up_or_down(row, random, address, start, stop):
+    """Writes a row as the bits of bfloat16, rounded by the low half of random numbers."""
+    bits = carray(_pointer(address, np.uint16), stop)[start:stop]
+    for i in range(bits.shape[0]):
+        whole = np.float32(row[i]).view(np.uint32)
+        bits[i] = np.uint16((whole + (random[i] & _LOW_HALF)) >> _SIXTEEN)
+
+
+@inlined()
+def _fill_random(random, start, key):
+    """32 random bits for every place of a piece: `random_bits` of the reference."""
+    for i in range(_PIECE):
+        # numba makes products of two uint32 uint64.
+        x = np.uint32(np.uint32(start + i) * _FACTORS[0] + key)
+        x = np.uint32((x ^ (x >> _SIXTEEN)) * _FACTORS[1])
+        x = np.uint32((x ^ (x >> _THIRTEEN)) * _FACTORS[2])
+        random[i] = x ^ (x >> _SIXTEEN)
+
+
 @compiled()
 def _sums_of_squares(tasks, addresses, narrow, sums):
     for task in prange(len(tasks)):
@@ -76,7 +99,7 @@ def _sums_of_squares(tasks, addresses, narrow, sums):
 
 
 @compiled()
-def _steps(tasks, addresses, narrow, settings, scale):
+def _steps(tasks, addresses, narrow, settings, scale, keys, narrow_state):
     for task in prange(len(tasks)):
         tensor, begin, end = tasks[task, 0], tasks[task, 1], tasks[task, 2]
         parameter, gradient = addresses[tensor, 0], addresses[tensor, 1]
@@ -85,13 +108,13 @@ def _steps(tasks, addresses, narrow, settings, scale):
         beta1, beta2 = settings[tensor, 2], settings[tensor, 3]
         correction, eps = settings[tensor, 4], settings[tensor, 5]
         fresh1, fresh2 = np.float32(1) - beta1, np.float32(1) - beta2
-        work = np.empty((4, _PIECE), np.float32)
+        work, random = np.empty((4, _PIECE), np.float32), np.empty(_PIECE, np.uint32)
         for start in range(begin, end, _PIECE):
             stop = min(start + _PIECE, end)
             _load(work, 0, parameter, False, start, stop)
             _load(work, 1, gradient, narrow[tensor], start, stop)
-            _load(work, 2, average, False, start, stop)
-            _load(work, 3, square, False, start, stop)
+            _load(work, 2, average, narrow_state, start, stop)
+            _load(work, 3, square, narrow_state, start, stop)
             for i in range(_PIECE):
                 g = work[1, i] * scale
                 m = work[2, i] + (g - work[2, i]) * fresh1
@@ -100,8 +123,15 @@ def _steps(tasks, addresses, narrow, settings, scale):
                 work[0, i] = work[0, i] * kept - update
                 work[2, i], work[3, i] = m, v
             _store(parameter, work, 0, start, stop)
-            _store(average, work, 2, start, stop)
-            _store(square, work, 3, start, stop)
+            if narrow_state:
+                _fill_random(random, start, keys[tensor])
+                _round_up_or_down(work[2], random, average, start, stop)
+                for i in range(_PIECE):
+                    random[i] = random[i] >> _SIXTEEN
+                _round_up_or_down(work[3], random, square, start, stop)
+            else:
+                _store(average, work, 2, start, stop)
+                _store(square, work, 3, start, stop)
 
 
 @lru_cache(maxsize=8)
@@ -150,11 +180,15 @@ def adamw_step_numba(
     scale: float,
 ) -> None:
     """Computes `adamw_step_reference` on the CPU."""
-    for tensor in (*parameters, *averages, *squares):
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+    kind = averages[0].dtype
+    for tensor, dtype in (
+        *((p, torch.float32) for p in parameters),
+        *((x, kind) for x in (*averages, *squares)),
+    ):
+        if tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
-                f"parameters and averages must be contiguous float32, not {tensor.dtype} with "
-                f"strides {tensor.stride()} for shape {tuple(tensor.shape)}"
+                f"a tensor of shape {tuple(tensor.shape)} must be contiguous {dtype}, not "
+                f"{tensor.dtype} with strides {tensor.stride()}"
             )
     match_threads()
     read, narrow = _readable(gradients)
@@ -174,4 +208,6 @@ def adamw_step_numba(
         narrow,
         np.array(factors, np.float32),
         np.float32(scale),
+        np.array([rounding_key(i, s.step) for i, s in enumerate(settings)], np.uint32),
+        kind == torch.bfloat16,
     )

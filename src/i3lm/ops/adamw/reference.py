@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from i3lm.ops.adamw import AdamWSettings
+
+
+# Odd numbers with bits all over, for a hash of 32 bits: the first spreads what is counted, the
+# others are those of MurmurHash3's last mix (Appleby).
+HASH_FACTORS = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+_WORD = 0xFFFFFFFF
+
+
+def rounding_key(tensor: int, step: int) -> int:
+    """What the random bits of a tensor in a step begin with: a hash of both numbers."""
+    return _mixed(step * HASH_FACTORS[1] + _mixed(tensor * HASH_FACTORS[0] & _WORD) & _WORD)
+
+
+def random_bits(size: int, key: int) -> Tensor:
+    """32 random bits for every place of a tensor, as int64, shape (size,): a hash of the places."""
+    return _mixed(torch.arange(size) * HASH_FACTORS[0] + key & _WORD)
+
+
+def _mixed(x: Any) -> Any:
+    for shift, factor in zip((16, 13), HASH_FACTORS[1:], strict=True):
+        x = ((x ^ (x >> shift)) * factor) & _WORD
+    return x ^ (x >> 16)
+
+
+def _put(target: Tensor, value: Tensor, random: Tensor | None) -> None:
+    """Writes float32 numbers into bfloat16 ones, each up or down as 16 random bits say."""
+    if random is None:
+        target.copy_(value)
+        return
+    bits = value.float().view(torch.int32).flatten() + random.to(value.device).int()
+    target.copy_((bits & ~0xFFFF).view(torch.float32).view_as(target))
 
 
 def gradient_norm_reference(gradients: Sequence[Tensor]) -> float:
@@ -27,13 +58,19 @@ def adamw_step_reference(
     scale: float,
 ) -> None:
     """Changes parameters and averages in place; `i3lm.ops.adamw.adamw_step` has the equations."""
-    for p, gradient, m, v, s in zip(
-        parameters, gradients, averages, squares, settings, strict=True
+    for i, (p, gradient, m, v, s) in enumerate(
+        zip(parameters, gradients, averages, squares, settings, strict=True)
     ):
         g = gradient.to(p.dtype) * scale
         beta1, beta2 = s.betas
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        spread = v.sqrt().div_((1 - beta2**s.step) ** 0.5).add_(s.eps)
+        mean = m.to(p.dtype).lerp(g, 1 - beta1)
+        mean_square = (v.to(p.dtype) * beta2).addcmul_(g, g, value=1 - beta2)
+        spread = (mean_square / (1 - beta2**s.step)).sqrt_().add_(s.eps)
         p.mul_(1 - s.learning_rate * s.weight_decay)
-        p.addcdiv_(m, spread, value=-s.learning_rate / (1 - beta1**s.step))
+        p.addcdiv_(mean, spread, value=-s.learning_rate / (1 - beta1**s.step))
+        low = high = None
+        if m.dtype == torch.bfloat16:
+            random = random_bits(p.numel(), rounding_key(i, s.step))
+            low, high = random & 0xFFFF, random >> 16
+        _put(m, mean, low)
+        _put(v, mean_square, high)
