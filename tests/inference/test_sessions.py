@@ -37,10 +37,10 @@ def make_generator(
     return TextGenerator(make_model(kind, seed, **sizes), tokenizer)
 
 
-def talk(generator: TextGenerator, *lines: str) -> Session:
+def talk(generator: TextGenerator, *lines: str, options: SamplingOptions = OPTIONS) -> Session:
     session = Session(generator)
     for line in lines:
-        session.say(line, OPTIONS)
+        session.say(line, options)
     return session
 
 
@@ -372,6 +372,68 @@ def test_past_the_context_a_turn_follows_the_rules_of_generate(kind: str, tmp_pa
     for one in (session, loaded):
         one.say("and then", SamplingOptions(6, temperature=0))
         assert one.tokens == expected[0].tolist()
+
+
+SHIFT = SamplingOptions(9, temperature=0, context_overflow="shift")
+LONG_TALK = ["the fox", "the lazy dog", "jumps over", "and then", "the brown dog"]
+
+
+def by_hand(generator: TextGenerator, lines: list[str]) -> list[int]:
+    """What `generate` makes of the same talk by ``shift``, each turn from its tokens alone."""
+    tokens: list[int] = []
+    for line in lines:
+        ids = [*tokens, *generator.encode_prompt("\n" * bool(tokens) + line)]
+        output = generator.model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=SHIFT.max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            context_overflow="shift",
+        )
+        tokens = output[0].tolist()
+    return tokens
+
+
+@every_kind
+def test_shifted_past_the_context(kind: str, tmp_path: Path):
+    generator = make_generator(kind, context=24)
+    session = talk(generator, *LONG_TALK[:4], options=SHIFT)
+    assert len(session.tokens) > 3 * 24
+    assert session.tokens == by_hand(generator, LONG_TALK[:4])
+    session.save(tmp_path / "s")
+    loaded, fork = Session.load(tmp_path / "s", generator), session.fork()
+    assert (loaded.tokens, loaded.turns) == (session.tokens, session.turns)
+    expected = by_hand(generator, LONG_TALK)
+    for one in (session, loaded, fork):
+        one.say(LONG_TALK[4], SHIFT)
+        assert one.tokens == expected
+        assert [turn.prompt for turn in one.turns] == LONG_TALK
+
+
+@every_kind
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_rewound_after_shifting(kind: str, turns: int, tmp_path: Path):
+    generator = make_generator(kind, context=24)
+    session = talk(generator, *LONG_TALK[:4], options=SHIFT)
+    session.save(tmp_path / "s")
+    loaded, fork = Session.load(tmp_path / "s", generator), session.fork()
+    kept = LONG_TALK[: 4 - turns]
+    expected = by_hand(generator, [*kept, "quick", "jumps"])
+    for one in (session, loaded, fork):
+        one.rewind(turns)
+        assert one.tokens == by_hand(generator, kept)
+        for line in ("quick", "jumps"):
+            one.say(line, SHIFT)
+        assert one.tokens == expected
+        assert [turn.prompt for turn in one.turns] == [*kept, "quick", "jumps"]
+
+
+def test_the_file_of_a_shifted_session_holds_the_states_that_cover_it(tmp_path: Path):
+    session = talk(make_generator(context=24), *LONG_TALK[:4], options=SHIFT)
+    session.save(tmp_path / "s")
+    # One turn ended within the context, so the state at the second turn's start is known.
+    assert {name[:6] for name in load_file(tmp_path / "s")} == {"tokens", "turn.1"}
 
 
 def test_rewinding_into_the_context_again():
