@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from i3lm.ops import linear
-
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on, and with which versions."""
@@ -80,15 +78,6 @@ def summary(seconds: list[float]) -> dict[str, float]:
 def median_ratio(slow: list[float], fast: list[float]) -> float:
     """How many times longer `slow` takes, as the median over the turns."""
     return round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 3)
-
-
-def matmul_flops(precision: str, device: str, size: int = 2048) -> float:
-    """Operations per second of a square matrix product: the ceiling to compare with."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    size = 8192 if device == "cuda" else size
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = time_alternating({"matmul": lambda: linear(a, b)}, 7)["matmul"]
-    return 2 * size**3 / statistics.median(seconds)
 
 
 def peak_resident_mib() -> float:

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from measuring import (
-    matmul_flops,
     median_ratio,
     peak_resident_mib,
     report,
@@ -34,6 +33,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from i3lm.device import keep_freed_memory
 from i3lm.ops.dispatch import use_implementation
+from i3lm.ops.speed import measure_matmul_flops
 from i3lm.planning import count_parameters, training_flops_per_token
 from i3lm.presets import load_preset
 from i3lm.training.gradient_checkpointing import checkpoint_gradients
@@ -299,7 +299,8 @@ def main() -> int:
             figures["ours_is_times_faster"] = median_ratio(seconds[name], seconds["ours"])
         results[name] = figures | contestants[name].finish()
     # With the machine at rest: the ceiling is what the products of the step are held against.
-    ceiling = matmul_flops(options.precision, options.device)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    ceiling = measure_matmul_flops(torch.device(options.device), dtype)
     flops = training_flops_per_token(config, options.context)
     rate = flops * results["ours"]["tokens_per_second"]
     results["ours"]["share_of_measured_matmul_peak"] = round(rate / ceiling, 3)

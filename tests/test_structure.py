@@ -33,7 +33,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 # What layers and ops may import besides the standard library, and the files that are one more
 # library's own, imported only where that library is wanted.
 PLAIN = {"torch", "i3lm.ops", "i3lm.layers"}
-SPECIAL = {"numba": {"numba", "numpy"}, "numba_bridge": {"numba", "numpy"}, "triton": {"triton"}}
+SPECIAL = {
+    "numba": {"numba", "numpy"},
+    "numba_bridge": {"numba", "numpy"},
+    "triton": {"triton"},
+    "triton_bridge": {"triton"},
+}
 
 
 def name_of(path: Path) -> str:

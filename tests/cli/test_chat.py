@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from i3lm.cli import main
+from i3lm.tokenizers import load_tokenizer
 from tests.conftest import Process
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +109,63 @@ def test_a_session_goes_on_where_it_was_left(
     assert say(tiny_run, twice, "Mina\n", monkeypatch, "--seed", "1") == ["Once", "Mina"]
     assert f"{twice}: 1 turn so far, 7 tokens said of" in capsys.readouterr().out
     assert tokens_of(twice) == tokens_of(once)
+
+
+@pytest.fixture
+def chatty(tiny_run: Path, tmp_path: Path) -> Path:
+    """The model of the tiny run, with a chat template that its characters can write."""
+    model = tmp_path / "chatty"
+    shutil.copytree(tiny_run / "best", model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}{{ '?' if m['role'] == 'user' else '.' }}"
+        "{% endfor %}{% if add_generation_prompt %} {% endif %}"
+    )
+    return model
+
+
+def test_a_session_is_a_conversation_where_there_is_a_chat_template(
+    i3lm: Process, chatty: Path, tmp_path: Path
+):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+
+    def chat(file: Path, lines: str, seed: int) -> str:
+        options = ("--max-new-tokens", 3, "--seed", seed)
+        finished = i3lm("chat", chatty, "--session", file, *options, input=lines)
+        assert (finished.returncode, finished.stderr) == (0, "")
+        return finished.stdout
+
+    out = chat(once, "On\nBe\n", 0)
+    assert not re.search("i3: (On|Be)", out)  # the model answers, and goes on from nothing
+    chat(twice, "On\nMo\n/rewind\n", 0)
+    assert len(tokens_of(twice)) == len("On? ") + 3
+    out = chat(twice, f"Be\n/fork {tmp_path / 'copy'}\n", 1)
+    assert ": 1 turn so far, 7 tokens said of a context of 32" in out
+    assert len(tokens_of(once)) == 7 + len(".Be? ") + 3
+    assert tokens_of(twice) == tokens_of(once) == tokens_of(tmp_path / "copy")
+    with safe_open(once, "pt") as saved:
+        replies = [turn["reply"] for turn in json.loads(saved.metadata()["turns"])]
+    said = load_tokenizer(chatty).decode(tokens_of(once))
+    assert said == f"On? {replies[0]}.Be? {replies[1]}"
+
+
+def test_a_session_by_another_chat_template(
+    chatty: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    file = tmp_path / "s"
+    assert say(chatty, file, "On\n", monkeypatch) == ["On"]
+    (chatty / "chat_template.jinja").unlink()
+    before = file.read_bytes()
+    capsys.readouterr()
+    assert main(["chat", str(chatty), "--session", str(file)]) == 2
+    assert capsys.readouterr().err == (
+        f"i3lm chat: error: {file}: the session was held with another chat template (its "
+        "fingerprint differs): give the checkpoint that it was held with, or another session "
+        "file\n"
+    )
+    assert file.read_bytes() == before
 
 
 def tokens_of(file: Path) -> list[int]:

@@ -18,7 +18,7 @@ from i3lm.inference import SamplingOptions, TextGenerator
 from i3lm.inference import sessions as sessions_module
 from i3lm.inference.loading import load_checkpoint, load_model
 from i3lm.inference.sessions import FORMAT, Session, model_fingerprint
-from i3lm.tokenizers import tokenizer_fingerprint, train_tokenizer
+from i3lm.tokenizers import ensure_chat_template, tokenizer_fingerprint, train_tokenizer
 from tests.inference.talking import OPTIONS, record
 from tests.models.tiny_i3 import KINDS, make_model
 
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 CHARACTERS = train_tokenizer("character", ["the quick brown fox jumps over the lazy dog\n."])
+SPEAKERS = "User: Assistant: the quick brown fox jumps over the lazy dog\n. "
 END_OF_TEXT = train_tokenizer("bpe", ["the quick brown fox jumps. "], vocab_size=270)
 
 
@@ -36,10 +37,10 @@ def make_generator(
     return TextGenerator(make_model(kind, seed, **sizes), tokenizer)
 
 
-def talk(generator: TextGenerator, *lines: str) -> Session:
+def talk(generator: TextGenerator, *lines: str, options: SamplingOptions = OPTIONS) -> Session:
     session = Session(generator)
     for line in lines:
-        session.say(line, OPTIONS)
+        session.say(line, options)
     return session
 
 
@@ -118,6 +119,100 @@ def test_a_tokenizer_without_line_breaks_takes_a_space():
     generator = make_generator(tokenizer=train_tokenizer("character", ["the fox"]))
     session = talk(generator, "the")
     assert generator.tokenizer.decode(session.encode_turn("fox")) == " fox"
+
+
+# Conversations by a chat template
+
+
+def make_chatty(kind: str = "rwkv4", tokenizer: str = "character") -> TextGenerator:
+    """A model whose tokenizer has the plain chat template."""
+    size = 280 if tokenizer == "bpe" else None
+    trained = train_tokenizer(tokenizer, [SPEAKERS * 3], vocab_size=size)
+    ensure_chat_template(trained)
+    return make_generator(kind, tokenizer=trained)
+
+
+@pytest.mark.parametrize("tokenizer", ["character", "bpe"])
+def test_a_session_is_what_the_template_writes(tokenizer: str):
+    session = talk(make_chatty(tokenizer=tokenizer), "the fox", "the dog", "quick")
+    said = session.generator.tokenizer.decode(session.tokens)
+    end = session.generator.tokenizer.eos_token
+    first, second, third = (turn.reply for turn in session.turns)
+    assert said == (
+        f"{end or ''}User: the fox\nAssistant:{first}{end or chr(10)}"
+        f"User: the dog\nAssistant:{second}{end or chr(10)}User: quick\nAssistant:{third}"
+    )
+
+
+def test_a_reply_that_the_model_ended_is_not_ended_again():
+    session = talk(make_chatty(tokenizer="bpe"), "the fox")
+    tokenizer = session.generator.tokenizer
+    end, question = tokenizer.eos_token_id, "User: dog\nAssistant:"
+    assert session.tokens[-1] != end
+    asked = tokenizer(question)["input_ids"]
+    assert session.encode_turn("dog") == [end, *asked]
+    session.tokens[-1] = end
+    assert session.encode_turn("dog") == asked
+
+
+@every_kind
+def test_a_question_costs_only_its_new_tokens(kind: str, tmp_path: Path):
+    generator = make_chatty(kind)
+    positions: list[int] = []
+    generator.model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: positions.append(output.shape[1])
+    )
+    session = talk(generator, "the fox", "the dog")
+    session.save(tmp_path / "s")
+    sessions = [session.fork(), Session.load(tmp_path / "s", generator), session]
+    for one in sessions[2 * ("sliding" in kind) :]:  # a window is not kept, but computed again
+        positions.clear()
+        one.say("jumps", OPTIONS)
+        # The last token of the reply, its end unless the model wrote it, and the question.
+        new = 1 + (not one.turns[1].reply.endswith("\n")) + len("User: jumps\nAssistant:")
+        assert positions == [new, *[1] * (OPTIONS.max_new_tokens - 1)]
+
+
+@every_kind
+def test_conversations_are_saved_rewound_and_forked_by_turns(kind: str, tmp_path: Path):
+    generator = make_chatty(kind)
+    session, expected = talk(generator, "the fox", "the dog"), talk(generator, "the fox")
+    session.save(tmp_path / "s")
+    loaded = Session.load(tmp_path / "s", generator)
+    assert (loaded.tokens, loaded.turns) == (session.tokens, session.turns)
+    fork = session.fork()
+    for one in (session, loaded, fork):
+        one.rewind()
+        assert (one.tokens, one.turns) == (expected.tokens, expected.turns)
+    steps = next_turn(expected)
+    for one in (session, loaded, fork):
+        assert_bitwise_equal(next_turn(one), steps, kind)
+
+
+def test_a_text_that_was_begun_without_a_template_goes_on_as_a_text(tmp_path: Path):
+    generator = make_chatty()
+    template, generator.tokenizer.chat_template = generator.tokenizer.chat_template, None
+    session, empty = talk(generator, "the fox"), Session(generator)
+    session.save(tmp_path / "text")
+    empty.save(tmp_path / "empty")
+    # As files were before there were templates.
+    for name in ("text", "empty"):
+        rewrite(tmp_path / name, lambda metadata, tensors: metadata.pop("chat_template"))
+    generator.tokenizer.chat_template = template
+    loaded = Session.load(tmp_path / "text", generator)
+    assert generator.tokenizer.decode(loaded.encode_turn("dog")) == "\ndog"
+    assert_bitwise_equal(next_turn(loaded), next_turn(session))
+    asked = Session.load(tmp_path / "empty", generator).encode_turn("dog")
+    assert generator.tokenizer.decode(asked) == "User: dog\nAssistant:"
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}"])
+def test_sessions_of_another_chat_template(tmp_path: Path, template: str | None):
+    session = talk(make_chatty(), "the fox")
+    session.save(tmp_path / "s")
+    session.generator.tokenizer.chat_template = template
+    with pytest.raises(SessionError, match="s: the session was held with another chat template"):
+        Session.load(tmp_path / "s", session.generator)
 
 
 # Saving and loading
@@ -277,6 +372,68 @@ def test_past_the_context_a_turn_follows_the_rules_of_generate(kind: str, tmp_pa
     for one in (session, loaded):
         one.say("and then", SamplingOptions(6, temperature=0))
         assert one.tokens == expected[0].tolist()
+
+
+SHIFT = SamplingOptions(9, temperature=0, context_overflow="shift")
+LONG_TALK = ["the fox", "the lazy dog", "jumps over", "and then", "the brown dog"]
+
+
+def by_hand(generator: TextGenerator, lines: list[str]) -> list[int]:
+    """What `generate` makes of the same talk by ``shift``, each turn from its tokens alone."""
+    tokens: list[int] = []
+    for line in lines:
+        ids = [*tokens, *generator.encode_prompt("\n" * bool(tokens) + line)]
+        output = generator.model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=SHIFT.max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            context_overflow="shift",
+        )
+        tokens = output[0].tolist()
+    return tokens
+
+
+@every_kind
+def test_shifted_past_the_context(kind: str, tmp_path: Path):
+    generator = make_generator(kind, context=24)
+    session = talk(generator, *LONG_TALK[:4], options=SHIFT)
+    assert len(session.tokens) > 3 * 24
+    assert session.tokens == by_hand(generator, LONG_TALK[:4])
+    session.save(tmp_path / "s")
+    loaded, fork = Session.load(tmp_path / "s", generator), session.fork()
+    assert (loaded.tokens, loaded.turns) == (session.tokens, session.turns)
+    expected = by_hand(generator, LONG_TALK)
+    for one in (session, loaded, fork):
+        one.say(LONG_TALK[4], SHIFT)
+        assert one.tokens == expected
+        assert [turn.prompt for turn in one.turns] == LONG_TALK
+
+
+@every_kind
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_rewound_after_shifting(kind: str, turns: int, tmp_path: Path):
+    generator = make_generator(kind, context=24)
+    session = talk(generator, *LONG_TALK[:4], options=SHIFT)
+    session.save(tmp_path / "s")
+    loaded, fork = Session.load(tmp_path / "s", generator), session.fork()
+    kept = LONG_TALK[: 4 - turns]
+    expected = by_hand(generator, [*kept, "quick", "jumps"])
+    for one in (session, loaded, fork):
+        one.rewind(turns)
+        assert one.tokens == by_hand(generator, kept)
+        for line in ("quick", "jumps"):
+            one.say(line, SHIFT)
+        assert one.tokens == expected
+        assert [turn.prompt for turn in one.turns] == [*kept, "quick", "jumps"]
+
+
+def test_the_file_of_a_shifted_session_holds_the_states_that_cover_it(tmp_path: Path):
+    session = talk(make_generator(context=24), *LONG_TALK[:4], options=SHIFT)
+    session.save(tmp_path / "s")
+    # One turn ended within the context, so the state at the second turn's start is known.
+    assert {name[:6] for name in load_file(tmp_path / "s")} == {"tokens", "turn.1"}
 
 
 def test_rewinding_into_the_context_again():

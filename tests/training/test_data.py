@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from i3lm.data.sources import read_documents
+from i3lm.data.sources import Source, read_documents
 from i3lm.data.split import is_held_out
 from i3lm.errors import ConfigurationError
 from i3lm.tokenizers import train_tokenizer
@@ -55,6 +55,21 @@ def test_a_mixture_holds_out_from_every_source(tmp_path: Path):
         next(text.documents)
     shares = {name: progress.tokens for name, progress in text.documents.progress.items()}
     assert shares["stories"] / shares["fewer stories"] == pytest.approx(2, rel=0.15)
+
+
+def test_with_a_template_a_tokenized_source_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    said = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Otto."}]
+    lines = [json.dumps({"messages": [*said, {"role": "user", "content": t}]}) for t in TEXTS]
+    (tmp_path / "talks.jsonl").write_text("\n".join(lines))
+    tokenizer = train_tokenizer("character", [*TEXTS, "User: Assistant: Who?"])
+    data = DataOptions(str(tmp_path / "talks.jsonl"), held_out_fraction=0.3, cache=str(tmp_path))
+    first = open_training_text(data, tokenizer, seed=0, progress=silent)
+    assert tokenizer.chat_template is not None
+    monkeypatch.setattr(Source, "read", lambda source, cursor=None: pytest.fail("was read"))
+    again = open_training_text(data, tokenizer, seed=0, progress=silent)
+    assert again.summary == first.summary
 
 
 def test_one_source_twice_needs_two_names(tmp_path: Path):

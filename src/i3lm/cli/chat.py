@@ -132,9 +132,9 @@ class _Lines:
     def _prompt(self, line: str) -> str:
         if not self.answers:
             return line
-        return self.generator.tokenizer.apply_chat_template(
-            [{"role": "user", "content": line}], tokenize=False, add_generation_prompt=True
-        )
+        from i3lm.tokenizers import write_question
+
+        return write_question(line, self.generator.tokenizer)[1]
 
     def obeys(self, line: str) -> bool:
         """Whether the line was a command, which is then done."""
@@ -163,8 +163,8 @@ class _Talk:
         self.session.encode_turn(line)
 
     def echo(self, line: str) -> str:
-        """What stands before the model's words."""
-        return line
+        """What stands before the model's words: the line, where it is continued."""
+        return "" if self.session.template else line
 
     @property
     def greeting(self) -> str:

@@ -5,12 +5,17 @@ recurrent state cannot be taken back a step, so a copy of it is kept at the star
 its size does not depend on the conversation's length, and `Session.rewind` restores it exactly.
 Keys and values of attention layers only grow, so rewinding cuts them.
 
+Where the tokenizer has a chat template, a session is a conversation by it: a turn asks as the
+template does, and the model answers. What was said is never written again, so here, too, a turn
+adds only what is new. Without a template a session is one text, of which each turn is a line.
+
 Where the state does not cover the conversation (it outgrew the model's context, or the turn that
 would have computed it was interrupted), the next turn computes it again from the tokens, under
 the rules of the model's `generate`; what was said is never lost.
 
 A saved session is one safetensors file: the tokens, the states, and as metadata the format, its
-version, the turns' texts, and the fingerprints of the model, the tokenizer and the content.
+version, the turns' texts, and the fingerprints of the model, the tokenizer, the chat template and
+the content.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from i3lm.errors import GenerationError, SessionError
@@ -35,7 +40,7 @@ from i3lm.files import write_file
 from i3lm.inference.generation import Completion, SamplingOptions, TextGenerator
 from i3lm.models.i3 import I3Cache, I3Config
 from i3lm.models.i3.cache_i3 import write_state
-from i3lm.tokenizers import tokenizer_fingerprint
+from i3lm.tokenizers import tokenizer_fingerprint, write_question
 
 FORMAT = "i3lm-session"
 VERSION = "1"
@@ -85,6 +90,11 @@ class Session:
     Args:
         generator: The model and tokenizer that talk.
         fingerprint: The model's `model_fingerprint`, if it is known already.
+
+    Attributes:
+        tokens: Everything that was said.
+        turns: The exchanges.
+        template: Fingerprint of the chat template that asks; empty where a text is continued.
     """
 
     def __init__(self, generator: TextGenerator, fingerprint: str | None = None) -> None:
@@ -92,6 +102,7 @@ class Session:
         self.fingerprint = fingerprint or model_fingerprint(generator.model)
         self.tokens: list[int] = []
         self.turns: list[Turn] = []
+        self.template = _template_fingerprint(generator.tokenizer)
         # Covers every token but the last, or is None where it does not.
         self._cache: Cache | None = None
         # What could not be cut out of the cache at each turn's start.
@@ -103,7 +114,8 @@ class Session:
     ) -> Completion:
         """Adds a turn: the text, after all that was said before, and the model's reply.
 
-        The text starts a new line, unless the model ended its last reply as a document.
+        The text is a question by the chat template. Where there is none it starts a new line,
+        unless the model ended its last reply as a document.
 
         Args:
             text: What to say.
@@ -135,14 +147,30 @@ class Session:
 
         Raises:
             GenerationError: It has none, more than the model's context, or is not UTF-8.
+            TokenizerError: The chat template refuses it.
         """
-        if not self.tokens:
-            return self.generator.encode_prompt(text)
-        end = self.generator.tokenizer.eos_token_id
-        if self.tokens[-1] == end:
-            return self.generator.encode_prompt(text)[1:]
-        ids = self.generator.encode_prompt(self._separator() + text)
-        return ids if end is None else ids[1:]
+        if self.template:
+            return self._encode_question(text)
+        goes_on = self.tokens and self.tokens[-1] != self.generator.tokenizer.eos_token_id
+        return self._encode(self._separator() + text if goes_on else text)
+
+    def _encode_question(self, text: str) -> list[int]:
+        """What is missing at the end of the last reply, and the question."""
+        roles = (("user", "prompt"), ("assistant", "reply"))
+        said = [{"role": r, "content": getattr(t, n)} for t in self.turns for r, n in roles]
+        ending, question = write_question(text, self.generator.tokenizer, said)
+        missing = self.generator.tokenizer(ending, add_special_tokens=False)["input_ids"]
+        for written in range(len(missing), 0, -1):
+            if self.tokens[-written:] == missing[:written]:  # by the model itself
+                missing = missing[written:]
+                break
+        return missing + self._encode(question)
+
+    def _encode(self, text: str) -> list[int]:
+        """The ids of a text, which begins a document where nothing was said before."""
+        ids = self.generator.encode_prompt(text)
+        begins = not self.tokens or self.generator.tokenizer.eos_token_id is None
+        return ids if begins else ids[1:]
 
     def rewind(self, turns: int = 1) -> None:
         """Makes the last turns unsaid.
@@ -169,6 +197,7 @@ class Session:
         """Gives a session that has said the same and goes its own way from here."""
         twin = Session(self.generator, self.fingerprint)
         twin.tokens, twin.turns, twin._marks = [*self.tokens], [*self.turns], [*self._marks]
+        twin.template = self.template
         if states := self._state():
             twin._cache = _cache_of(self.generator.model, states, len(self.tokens) - 1)
         return twin
@@ -196,6 +225,7 @@ class Session:
             "version": VERSION,
             "model": self.fingerprint,
             "tokenizer": tokenizer_fingerprint(self.generator.tokenizer),
+            "chat_template": self.template,
             "turns": turns,
             "content": _content_digest(turns, tensors),
         }
@@ -213,19 +243,23 @@ class Session:
             fingerprint: The model's `model_fingerprint`, if it is known already.
 
         Raises:
-            SessionError: The file is missing, damaged, of another version, or of another model
-                or tokenizer.
+            SessionError: The file is missing, damaged, of another version, or of another model,
+                tokenizer or chat template.
         """
         session = cls(generator, fingerprint)
         metadata, tensors = _read(Path(path))
+        template = metadata.get("chat_template", "")
         for what, ours in (
             ("model", session.fingerprint),
             ("tokenizer", tokenizer_fingerprint(generator.tokenizer)),
+            # A text goes on as one, whatever the tokenizer was given since.
+            ("chat_template", session.template if template else template),
         ):
-            if metadata.get(what) != ours:
+            if metadata.get(what, "") != ours:
                 raise SessionError(
-                    f"{path}: the session was held with another {what} (its fingerprint differs): "
-                    f"give the checkpoint that it was held with, or another session file"
+                    f"{path}: the session was held with another {what.replace('_', ' ')} (its "
+                    "fingerprint differs): give the checkpoint that it was held with, or another "
+                    "session file"
                 )
         if metadata.get("content") != _content_digest(metadata.get("turns", ""), tensors):
             raise SessionError(
@@ -233,6 +267,8 @@ class Session:
                 "a copy that is whole, or begin another"
             )
         session._restore(path, json.loads(metadata["turns"]), tensors)
+        if session.turns:
+            session.template = template
         return session
 
     def _restore(self, path: str | Path, turns: list[dict[str, Any]], tensors: States) -> None:
@@ -270,6 +306,13 @@ class Session:
         tokenizer = self.generator.tokenizer
         ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
         return "\n" if tokenizer.decode(ids, skip_special_tokens=True) == "\n" else " "
+
+
+def _template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hex digest of the chat template; nothing where there is none."""
+    if not tokenizer.chat_template:
+        return ""
+    return hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
 
 
 def cache_states(cache: Cache) -> States:

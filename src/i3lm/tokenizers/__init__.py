@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from i3lm.tokenizers.bpe import train_bpe_tokenizer
 from i3lm.tokenizers.character import train_character_tokenizer
-from i3lm.tokenizers.chat_template import ensure_chat_template, render_chat
+from i3lm.tokenizers.chat_template import ensure_chat_template, render_chat, write_question
 from i3lm.tokenizers.chunk import (
     build_chunk_tokenizer,
     read_original_chunk_tokenizer,
@@ -37,4 +37,5 @@ __all__ = [
     "train_character_tokenizer",
     "train_chunk_tokenizer",
     "train_tokenizer",
+    "write_question",
 ]

@@ -37,6 +37,8 @@ CHAT_TEMPLATE = r"""
 {%- if add_generation_prompt -%}Assistant:{%- endif -%}
 """
 _MARKERS = ("User:", "Assistant:")
+# Stands for an answer while a template shows what it writes around one.
+_ANSWER = "\x1aanswer\x1a"
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -75,3 +77,63 @@ def render_chat(messages: Sequence[Message], end: str = "\n") -> str:
         conversations=[list(messages)], chat_template=CHAT_TEMPLATE, eos_token=end
     )
     return rendered[0]
+
+
+def write_question(
+    text: str, tokenizer: PreTrainedTokenizerBase, before: Sequence[Message] = ()
+) -> tuple[str, str]:
+    """Gives what ends the answer before, and what asks a question, as the chat template has it.
+
+    Only this is new in a conversation that goes on: what was said stays as it is, also where the
+    template would write it differently by now, or the model wrote it in other tokens.
+
+    Args:
+        text: The question.
+        tokenizer: A tokenizer with a chat template.
+        before: What was said before, the last of it an answer; nothing for the first question,
+            which has no answer to end.
+
+    Raises:
+        TokenizerError: The template refuses the conversation, leaves out the answers, or ends
+            them differently when a question follows.
+    """
+    question = {"role": "user", "content": text}
+    if not before:
+        return "", _render([question], tokenizer, ask=True)
+    answered = [*before[:-1], {"role": "assistant", "content": _ANSWER}]
+    ending = _after_answer(_render(answered, tokenizer))
+    added = _after_answer(_render([*answered, question], tokenizer, ask=True))
+    if not added.startswith(ending):
+        raise TokenizerError(
+            f"the tokenizer's chat template ends an answer with {ending!r}, but not where a "
+            "question follows, so the conversation cannot go on: give the tokenizer another "
+            "chat_template"
+        )
+    return ending, added[len(ending) :]
+
+
+def _render(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, ask: bool = False
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=ask
+        )
+    except TemplateError as error:
+        raise TokenizerError(
+            f"the tokenizer's chat template cannot write this conversation ({error}): give the "
+            "tokenizer another chat_template"
+        ) from error
+    return str(text)
+
+
+def _after_answer(text: str) -> str:
+    _, *rest = text.split(_ANSWER)
+    if len(rest) != 1:
+        raise TokenizerError(
+            f"the tokenizer's chat template writes an answer {len(rest)} times, not once, so the "
+            "conversation cannot go on: give the tokenizer another chat_template"
+        )
+    return rest[0]

@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step: text, tokenizer, model."""
+"""Where a run starts: preset or checkpoint, tokenizer, model, and the kernels it runs on."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,38 @@ from transformers import TrainerCallback
 from i3lm.evaluation import figures_line
 from i3lm.files import append_line
 from i3lm.inference import SamplingOptions, TextGenerator
+from i3lm.processes import process_rank
 from i3lm.training.checkpoints import read_records, write_records
 from i3lm.training.metrics import StepTimer
+from i3lm.training.parts import Parts
+
+
+def report_to(console: Console) -> Callable[[str], None]:
+    """Gives what prints a line as it is, however long it is."""
+    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_parts(console: Console, parts: Parts) -> None:
+    """Prints what is trained on what, and how."""
+    training, rank = parts.options.training, parts.options.adapter.rank
+    world = process_rank()[1]
+    shared = f", {world} processes" if world > 1 else ""
+    if shared and training.sharding == "full":
+        shared += " with a shard each"
+    lines = [
+        f"{parts.name}: {parts.parameters:,} parameters, vocabulary {len(parts.tokenizer):,}, "
+        f"context {parts.rows.context_length}, {parts.precision} on {parts.device}{shared}"
+    ]
+    if parts.base is not None:
+        trained = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+        lines.append(f"adapter: {trained:,} trained parameters of rank {rank}")
+    lines.append(
+        f"{training.optimizer}, learning rate {training.learning_rate:g}, "
+        f"{training.warmup_steps} steps of warm-up"
+    )
+    lines += [f"kernel: {op} runs as {name} ({why})" for op, name, why in parts.kernels]
+    lines += parts.text.summary
+    console.print("\n".join(lines), highlight=False, markup=False)
 
 
 class RunConsole(TrainerCallback):

@@ -99,7 +99,8 @@ def open_training_text(
         DataError: A source cannot be read, or has no document for one of the two parts.
         TokenizerError: A source holds conversations, and the tokenizer cannot write them.
     """
-    if any(_holds_conversations(open_source(options)) for options in data.all_sources()):
+    # Only a tokenizer without a template has to know what the sources hold before they are read.
+    if tokenizer.chat_template is None and any(map(_holds_conversations, data.all_sources())):
         ensure_chat_template(tokenizer)
     opened = [
         (_open_stream if data.streaming else _open_store)(data, options, tokenizer, seed, progress)
@@ -192,9 +193,10 @@ def _held_out(source: Source, fraction: float) -> Iterator[Document]:
     return islice(held_out_documents(documents, fraction), STREAM_HELD_OUT)
 
 
-def _holds_conversations(source: Source) -> bool:
+def _holds_conversations(options: SourceOptions) -> bool:
     """Whether the first document is one."""
-    return any(not isinstance(document, str) for document, _ in islice(source.read(), 1))
+    first = islice(open_source(options).read(), 1)
+    return any(not isinstance(document, str) for document, _ in first)
 
 
 def _epochs(data: DataOptions) -> int | None:

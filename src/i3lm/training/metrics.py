@@ -10,10 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from i3lm.device import peak_memory_bytes
 from i3lm.errors import ConfigurationError
 from i3lm.files import append_line
+from i3lm.models.flops import training_flops_per_token
+from i3lm.models.i3 import I3ForCausalLM
+from i3lm.ops.speed import measure_matmul_flops
+from i3lm.processes import from_all, process_rank
 from i3lm.training.checkpoints import read_records, write_records
 
 
@@ -90,6 +102,34 @@ class StepTimer:
         """Share of the time, of waiting and steps together, that went into waiting for data."""
         waited = sum(self._waits)
         return waited / (waited + sum(self._ends)) if self._ends else math.nan
+
+
+def most_memory_bytes(device: torch.device) -> int | None:
+    """The most memory that any process has used so far, None where none knows; for all together.
+
+    Args:
+        device: The device of this process.
+    """
+    sizes = from_all(peak_memory_bytes(device))
+    return max((size for size in sizes if size is not None), default=None)
+
+
+def utilization_per_token(
+    model: PreTrainedModel, context_length: int, device: torch.device, precision: str
+) -> float | None:
+    """The share of what the devices can multiply that one token a second takes; None for peers.
+
+    Args:
+        model: The model.
+        context_length: Tokens T per row.
+        device: The device of each process; what it can multiply is measured.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+    """
+    if not isinstance(model, I3ForCausalLM):
+        return None
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    needed = training_flops_per_token(model.config, context_length)
+    return needed / (measure_matmul_flops(device, dtype) * process_rank()[1])
 
 
 class MetricsFile(TrainerCallback):

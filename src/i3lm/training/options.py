@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from i3lm.errors import ConfigurationError
@@ -63,8 +63,8 @@ class TokenizerOptions:
 
 
 @dataclass
-class SourceOptions:
-    """One of the texts to train on.
+class TextOptions:
+    """Where a text comes from.
 
     Args:
         source: A built-in corpus (stories, pydocs); the path of a .txt, .jsonl or .parquet file
@@ -76,8 +76,6 @@ class SourceOptions:
         size: Most documents to read; for stories, how many to write.
         downloaded: Download a Hub data set before it is read, instead of streaming it.
         revision: Branch, tag or commit of a Hub data set; by default the newest.
-        weight: The share of the training tokens, relative to the other sources'.
-        name: What the log calls it; by default the source.
     """
 
     source: str = "stories"
@@ -86,30 +84,34 @@ class SourceOptions:
     size: int | None = None
     downloaded: bool = False
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        size = self.size
+        _require((("data.size", size, size is None or size > 0, "must be at least 1"),))
+
+
+@dataclass
+class SourceOptions(TextOptions):
+    """One of the texts to train on.
+
+    Args:
+        weight: The share of the training tokens, relative to the other sources'.
+        name: What the log calls it; by default the source.
+    """
+
     weight: float = 1.0
     name: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.name = self.name or self.source
-        _require((
-            ("data.size", self.size, self.size is None or self.size > 0, "must be at least 1"),
-        ))  # fmt: skip
 
 
 @dataclass
-class DataOptions:
+class DataOptions(TextOptions):
     """Which text to train on.
 
     Args:
-        source: A built-in corpus (stories, pydocs); the path of a .txt, .jsonl or .parquet file
-            (the first two also as .gz, .bz2, .xz or .zst), of a folder of them, or a pattern such
-            as "data/*.jsonl.gz"; or a data set on the Hub (owner/name, or owner/name:config).
-        text_column: Where a record holds its text, or its conversation (a list of messages); by
-            default the known column of a known set, else text, messages or conversations.
-        split: Which split of a Hub data set to read.
-        size: Most documents to read; for stories, how many to write.
-        downloaded: Download a Hub data set before it is read, instead of streaming it.
-        revision: Branch, tag or commit of a Hub data set; by default the newest.
         mixture: Several sources, in place of the one above: a list of mappings with the fields
             above, each with a weight (its share of the tokens, 1 by default) and, where two are
             called the same, a name.
@@ -128,12 +130,6 @@ class DataOptions:
         cache: Folder for tokenized text; by default i3lm/tokens in the cache of the user.
     """
 
-    source: str = "stories"
-    text_column: str | None = None
-    split: str = "train"
-    size: int | None = None
-    downloaded: bool = False
-    revision: str | None = None
     mixture: list[SourceOptions] = field(default_factory=list)
     when_exhausted: WhenExhausted = "repeat"
     held_out_fraction: float = 0.05
@@ -145,10 +141,10 @@ class DataOptions:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         share = self.held_out_fraction
         _require((
             ("data.held_out_fraction", share, 0 < share < 1, "must be above 0 and below 1"),
-            ("data.size", self.size, self.size is None or self.size > 0, "must be at least 1"),
             ("data.rows", self.rows, self.rows in ROW_KINDS,
              f"must be one of {', '.join(ROW_KINDS)}"),
             ("data.when_exhausted", self.when_exhausted, self.when_exhausted in WHEN_EXHAUSTED,
@@ -162,16 +158,8 @@ class DataOptions:
         """Every source: those of the mixture, or the one."""
         if self.mixture:
             return self.mixture
-        return [
-            SourceOptions(
-                source=self.source,
-                text_column=self.text_column,
-                split=self.split,
-                size=self.size,
-                downloaded=self.downloaded,
-                revision=self.revision,
-            )
-        ]
+        shared = {one.name: getattr(self, one.name) for one in fields(TextOptions)}
+        return [SourceOptions(**shared)]
 
 
 @dataclass

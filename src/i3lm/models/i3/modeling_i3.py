@@ -212,10 +212,10 @@ class I3PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["I3DecoderLayer"]  # noqa: RUF012 (transformers' convention)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (likewise)
     # Decays and bonuses sit in exponents: bfloat16's 8 bits would move them visibly.
-    _keep_in_fp32_modules_strict = ["time_decay", "time_first"]  # noqa: RUF012
-    _can_record_outputs = {"hidden_states": I3DecoderLayer}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["time_decay", "time_first"]  # noqa: RUF012 (likewise)
+    _can_record_outputs = {"hidden_states": I3DecoderLayer}  # noqa: RUF012 (likewise)
     _supports_sdpa = True
     _is_stateful = True
 
@@ -438,7 +438,7 @@ class I3Model(I3PreTrainedModel):
 class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
     """An i3 model with a head that predicts the next token."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (likewise)
 
     def __init__(self, config: I3Config) -> None:
         super().__init__(config)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from i3lm.ops.triton_bridge import marks
+
 _TILE = 64  # steps
 _BLOCK = 16  # channels
 
@@ -24,25 +26,12 @@ def _then(factor1, sum1, factor2, sum2):
 
 
 @triton.jit
-def _marks(reset, mask, b, t, T, HAS_RESET: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Whether steps are real, and whether they begin a document; both False outside [0, T)."""
-    inside = (t >= 0) & (t < T)
-    real = inside
-    begins = inside & (t < 0)
-    if HAS_MASK:
-        real = inside & (tl.load(mask + b * T + t, mask=inside, other=0) != 0)
-    if HAS_RESET:
-        begins = inside & (tl.load(reset + b * T + t, mask=inside, other=0) != 0)
-    return real, begins
-
-
-@triton.jit
 def _averages(
     x, reset, mask, b, t, T, C, channels, live, mix, carried,
     HAS_RESET: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """The running average after every step of a tile (L, BLOCK), the inputs, and what is real."""
-    real, begins = _marks(reset, mask, b, t, T, HAS_RESET, HAS_MASK)
+    real, begins = marks(reset, mask, b, t, T, HAS_RESET, HAS_MASK)
     used = real[:, None] & live[None, :]
     offsets = (b * T + t)[:, None] * C + channels[None, :]
     inputs = tl.load(x + offsets, mask=used, other=0.0).to(tl.float32)
@@ -111,7 +100,7 @@ def _average_backward_kernel(
         g = tl.load(grad_y + offsets, mask=used, other=0.0).to(tl.float32)
         # dL/dh_t = D g_t + factor_{t+1} dL/dh_{t+1}; the factor of the tile's last row is in what
         # the next tile handed over already.
-        next_real, next_begins = _marks(reset, mask, b, t + 1, T, HAS_RESET, HAS_MASK)
+        next_real, next_begins = marks(reset, mask, b, t + 1, T, HAS_RESET, HAS_MASK)
         factor = tl.where(next_real[:, None] & live[None, :], m[None, :], 1.0)
         factor = tl.where(next_begins[:, None], 0.0, factor)
         factor = tl.where(rows[:, None] == L - 1, 1.0, factor)
@@ -140,7 +129,7 @@ def _average_before(
     HAS_RESET: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """The running average that every step of a tile sees: the scan of the elements one earlier."""
-    real, begins = _marks(reset, mask, b, t - 1, T, HAS_RESET, HAS_MASK)
+    real, begins = marks(reset, mask, b, t - 1, T, HAS_RESET, HAS_MASK)
     later = rows > 0
     used = (real & later)[:, None] & live[None, :]
     offsets = (b * T + t - 1)[:, None] * C + channels[None, :]
@@ -150,7 +139,7 @@ def _average_before(
     added = tl.where(used, (1.0 - mix)[None, :] * inputs, 0.0)
     factor, added = tl.associative_scan((factor, added), 0, _then)
     h = factor * carried[None, :] + added
-    _, starts = _marks(reset, mask, b, t, T, HAS_RESET, HAS_MASK)
+    _, starts = marks(reset, mask, b, t, T, HAS_RESET, HAS_MASK)
     return tl.where(starts[:, None], 0.0, h)
 
 

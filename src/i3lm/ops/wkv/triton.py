@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from i3lm.ops.triton_bridge import marks
 from i3lm.ops.wkv.reference import EMPTY_EXPONENT
 
 _EMPTY = tl.constexpr(EMPTY_EXPONENT)
@@ -53,26 +54,13 @@ def _row(x, rows, which):
 
 
 @triton.jit
-def _marks(reset, mask, b, t, T, HAS_RESET: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Whether steps are real, and whether they begin a document; both False outside [0, T)."""
-    inside = (t >= 0) & (t < T)
-    real = inside
-    begins = inside & (t < 0)
-    if HAS_MASK:
-        real = inside & (tl.load(mask + b * T + t, mask=inside, other=0) != 0)
-    if HAS_RESET:
-        begins = inside & (tl.load(reset + b * T + t, mask=inside, other=0) != 0)
-    return real, begins
-
-
-@triton.jit
 def _sums_before(
     key, value, reset, mask, b, t0, T, C, channels, live, w, num, den, top, rows,
     HAS_RESET: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """The sums that every step of a tile sees, (L, BLOCK) each, from those carried in."""
     t = t0 + rows - 1
-    real, begins = _marks(reset, mask, b, t, T, HAS_RESET, HAS_MASK)
+    real, begins = marks(reset, mask, b, t, T, HAS_RESET, HAS_MASK)
     first = rows == 0
     used = (real & (rows > 0))[:, None] & live[None, :]
     offsets = (b * T + t)[:, None] * C + channels[None, :]
@@ -84,7 +72,7 @@ def _sums_before(
     dens = tl.where(first[:, None], den[None, :], tl.where(used, 1.0, 0.0))
     tops = tl.where(first[:, None], top[None, :], k)
     _, nums, dens, tops = tl.associative_scan((decay, nums, dens, tops), 0, _combine)
-    _, starts = _marks(reset, mask, b, t0 + rows, T, HAS_RESET, HAS_MASK)
+    _, starts = marks(reset, mask, b, t0 + rows, T, HAS_RESET, HAS_MASK)
     nums = tl.where(starts[:, None], 0.0, nums)
     dens = tl.where(starts[:, None], 0.0, dens)
     tops = tl.where(starts[:, None], _EMPTY, tops)
@@ -121,7 +109,7 @@ def _forward_kernel(
             HAS_RESET, HAS_MASK,
         )  # fmt: skip
         t = t0 + rows
-        real, _ = _marks(reset, mask, b, t, T, HAS_RESET, HAS_MASK)
+        real, _ = marks(reset, mask, b, t, T, HAS_RESET, HAS_MASK)
         k, v, used, offsets = _tile_inputs(key, value, b, t, T, C, channels, live, real)
         history = u[None, :] + tops
         scale = tl.maximum(history, k)
@@ -180,7 +168,7 @@ def _backward_kernel(
             key, value, reset, mask, b, t0, T, C, channels, live, w, num, den, top, rows,
             HAS_RESET, HAS_MASK,
         )  # fmt: skip
-        real, _ = _marks(reset, mask, b, t0 + rows, T, HAS_RESET, HAS_MASK)
+        real, _ = marks(reset, mask, b, t0 + rows, T, HAS_RESET, HAS_MASK)
         k, v, used, _ = _tile_inputs(key, value, b, t0 + rows, T, C, channels, live, real)
         nums, dens, tops = _absorb(
             nums, dens, tops, tl.where(used, w[None, :], 0.0), v, tl.where(used, 1.0, 0.0), k
@@ -206,7 +194,7 @@ def _backward_kernel(
             key, value, reset, mask, b, t0, T, C, channels, live, w, num, den, top, rows,
             HAS_RESET, HAS_MASK,
         )  # fmt: skip
-        real, begins = _marks(reset, mask, b, t, T, HAS_RESET, HAS_MASK)
+        real, begins = marks(reset, mask, b, t, T, HAS_RESET, HAS_MASK)
         k, v, used, offsets = _tile_inputs(key, value, b, t, T, C, channels, live, real)
         g = tl.load(grad_output + offsets, mask=used, other=0.0).to(tl.float32)
         past, now, y, scale, grad_num, grad_den = _output_gradients(nums, dens, tops, k, v, g, u)
@@ -217,7 +205,7 @@ def _backward_kernel(
         after_nums, after_dens, after_tops = _absorb(
             nums, dens, tops, step, v, tl.where(used, 1.0, 0.0), k
         )
-        next_real, next_begins = _marks(reset, mask, b, t + 1, T, HAS_RESET, HAS_MASK)
+        next_real, next_begins = marks(reset, mask, b, t + 1, T, HAS_RESET, HAS_MASK)
         next_k, next_v, next_used, next_offsets = _tile_inputs(
             key, value, b, t + 1, T, C, channels, live, next_real
         )
