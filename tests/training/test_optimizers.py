@@ -315,6 +315,16 @@ def test_a_narrow_state_needs_the_kernel():
         make_optimizer("adamw", nn.Linear(2, 2).double(), learning_rate=1, state="bf16", **settings)
 
 
+def test_a_narrow_state_on_shards_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = [*TINY_TRAINING, "--training.optimizer_state", "bf16", "--training.sharding", "full"]
+    assert main(["train", "--output", str(tmp_path / "run"), *options]) == 2
+    assert capsys.readouterr().err == (
+        "i3lm train: error: training.optimizer_state (bf16) is for a CPU and whole models, not "
+        "with training.sharding full: choose fp32\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_unknown_optimizer_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = [*TINY_TRAINING, "--training.optimizer", "sgd"]
     assert main(["train", "--output", str(tmp_path / "run"), *options]) == 2

@@ -14,7 +14,10 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
-_LAUNCHED = numba.get_num_threads()
+_asked = torch.get_num_threads()
+_LAUNCHED = numba.get_num_threads()  # starts its threads, and with them changes PyTorch's number
+if torch.get_num_threads() != _asked:
+    torch.set_num_threads(_asked)
 _matched = threading.local()  # as numba's own number is
 
 # Sums may be reordered and products contracted; NaN and infinity keep their meaning, so that a

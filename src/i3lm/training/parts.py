@@ -101,6 +101,7 @@ def prepare_parts(start: Starting, options: RunOptions, progress: Reporting) -> 
     device = join_processes(resolve_device(training.device))
     precision = _trainable_precision(training.precision, device)
     _check_sharding(options, precision)
+    _check_optimizer_state(options.training, device)
     draws = _sampling_options(options)
     with first_goes_first():
         tokenizer = make_tokenizer(options.tokenizer, start, options.data)
@@ -156,6 +157,20 @@ def _check_sharding(options: RunOptions, precision: str) -> None:
                 f"{name} does not go with training.sharding {training.sharding}: leave one of "
                 "them out"
             )
+
+
+def _check_optimizer_state(training: TrainingOptions, device: torch.device) -> None:
+    """Refuses averages in bfloat16 where no optimizer keeps them so."""
+    where = f"on {device}"
+    if training.sharding != "none":
+        where = f"with training.sharding {training.sharding}"
+    elif device.type == "cpu":
+        return
+    if training.optimizer_state != "fp32":
+        raise ConfigurationError(
+            f"training.optimizer_state ({training.optimizer_state}) is for a CPU and whole models, "
+            f"not {where}: choose fp32"
+        )
 
 
 def _sampling_options(options: RunOptions) -> SamplingOptions:
