@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from i3lm.ops import causal_attention
-from i3lm.ops.attention import HEADS, TILE
+from i3lm.ops.attention import CAUSAL_ATTENTION, PACKED_ATTENTION
+from i3lm.ops.attention.numba import softmax_numba
+from i3lm.ops.attention.tiles import HEADS, TILE, softmax_torch
 from i3lm.ops.dispatch import use_implementation
 from tests.ops.drawing import make_generator
 
@@ -30,7 +32,7 @@ def draw_first(B: int, T: int, generator: torch.Generator) -> Tensor:
     return torch.where(marks, torch.arange(T), 0).cummax(dim=1).values
 
 
-@pytest.mark.parametrize("name", ["tiles", "torch"])
+@pytest.mark.parametrize("name", CAUSAL_ATTENTION.names)
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 2),
@@ -55,8 +57,16 @@ def test_bfloat16_equals_the_formula(name: str, B: int, H: int, T: int, D: int):
         assert error < 2e-2
 
 
-@pytest.mark.parametrize("name", ["tiles", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (i.name, dtype)
+        for i in PACKED_ATTENTION.implementations
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+        if i.refuses(torch.device("cpu"), dtype) is None
+    ],
+    ids=str,
+)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 5),
@@ -120,3 +130,42 @@ def test_other_dtypes_are_pytorchs_own():
     generator = make_generator(4)
     exact = [torch.randn(2, 2, 9, 4, generator=generator, dtype=torch.float64) for _ in "qkv"]
     torch.testing.assert_close(causal_attention(*exact), exact_attention(*exact))
+
+
+def draw_first_of_tile(N: int, R: int, before: int, generator: torch.Generator) -> Tensor:
+    """The first key that each query of a tile sees, (N, R)."""
+    return (torch.rand(N, R, generator=generator) * (before + 1 + torch.arange(R))).long()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    B=st.integers(0, 3),
+    heads=st.integers(1, 3),
+    R=st.integers(1, 70),
+    before=st.integers(0, 150),
+    packed=st.booleans(),
+    size=st.sampled_from([1.0, 100.0]),
+)
+def test_weights_of_a_tile(B: int, heads: int, R: int, before: int, packed: bool, size: float):
+    generator = make_generator(B, heads, R, before)
+    scores = torch.randn(B * heads, R, before + R, generator=generator).mul(size).bfloat16()
+    first = draw_first_of_tile(B, R, before, generator) if packed else None
+    expected = softmax_torch(scores.double(), first, heads, before, 0.3)
+    got = softmax_numba(scores.clone(), first, heads, before, 0.3)
+    # Rounded once, to 8 bits; the kernel's exponential ends at e^-87.
+    torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-30)
+    assert not got[expected == 0].any()  # what is hidden
+    elsewhere = torch.cat([scores.new_zeros(7), scores.flatten()])[7:].view_as(scores)
+    assert torch.equal(softmax_numba(elsewhere, first, heads, before, 0.3), got)
+
+
+@pytest.mark.parametrize("name", ["numba", "tiles"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_diverged_score_shows(name: str, bad: float):
+    query, key, value = torch.ones(3, 1, 2, 200, 8).bfloat16().unbind()
+    query[0, 1, 150, 3] = bad
+    with use_implementation(causal_attention=name):
+        got = causal_attention(query, key, value)
+    assert not got[0, 1, 150].isfinite().any()
+    assert got[0, 0].isfinite().all()
+    assert got[0, 1, :150].isfinite().all()

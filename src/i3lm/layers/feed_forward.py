@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from i3lm.layers.linear import Linear
 from i3lm.layers.low_rank import LowRankLinear
+from i3lm.ops import gelu
 
 
 class FeedForward(nn.Module):
@@ -29,4 +29,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, T, C) to (B, T, C)."""
-        return self.down(F.gelu(self.up(x)))
+        return self.down(gelu(self.up(x)))

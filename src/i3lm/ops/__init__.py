@@ -6,6 +6,7 @@ loop that states the equation (``reference``) and faster forms that must agree w
 
 from i3lm.ops.attention import causal_attention
 from i3lm.ops.cross_entropy import linear_cross_entropy
+from i3lm.ops.gelu import gelu
 from i3lm.ops.linear import linear
 from i3lm.ops.state_space import state_space
 from i3lm.ops.token_shift import token_shift
@@ -13,6 +14,7 @@ from i3lm.ops.wkv import wkv
 
 __all__ = [
     "causal_attention",
+    "gelu",
     "linear",
     "linear_cross_entropy",
     "state_space",

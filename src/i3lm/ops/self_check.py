@@ -12,6 +12,7 @@ from i3lm.ops.adamw import ADAMW_STEP, GRADIENT_NORM, AdamWSettings, adamw_step,
 from i3lm.ops.attention import CAUSAL_ATTENTION, PACKED_ATTENTION, causal_attention
 from i3lm.ops.cross_entropy import SOFTMAX_LOSS, linear_cross_entropy
 from i3lm.ops.dispatch import Op, use_implementation
+from i3lm.ops.gelu import GELU, gelu
 from i3lm.ops.linear import LINEAR, LINEAR_OF_FEW_ROWS, linear
 from i3lm.ops.state_space import STATE_SPACE, state_space
 from i3lm.ops.wkv import WKV, wkv
@@ -94,6 +95,12 @@ def _few_rows(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     return [linear(*_normal(device, dtype, (1, 2, 64), (96, 64), (96,)))]
 
 
+def _gelu(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    inputs = _normal(device, dtype, (20, 30))
+    output = gelu(*inputs)
+    return [output, *_gradients(output, inputs)]
+
+
 def _attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     inputs = _normal(device, dtype, *[(2, 3, 200, 16)] * 3)
     output = causal_attention(*inputs)
@@ -131,7 +138,7 @@ def _adamw(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
 
 
 # float32: sums over a hundred terms, in the recurrences with exponents up to about 30. bfloat16
-# keeps 8 bits, and attention rounds to it four times.
+# keeps 8 bits, and attention rounds to it four times, GELU and its inputs thrice.
 TOLERANCE = 1e-4
 CHECKS = {
     check.op.name: check
@@ -142,6 +149,7 @@ CHECKS = {
         ),
         Check(CAUSAL_ATTENTION, torch.bfloat16, 3e-2, _attention),
         Check(PACKED_ATTENTION, torch.bfloat16, 3e-2, _packed_attention),
+        Check(GELU, torch.bfloat16, 3e-2, _gelu),
         Check(SOFTMAX_LOSS, torch.float32, TOLERANCE, _loss),
         Check(LINEAR, torch.float32, TOLERANCE, _linear),
         Check(LINEAR_OF_FEW_ROWS, torch.float32, TOLERANCE, _few_rows),
