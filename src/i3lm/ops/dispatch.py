@@ -45,7 +45,7 @@ class Implementation:
     Attributes:
         name: The word used everywhere: file, flag, test id.
         forward: The op; every implementation of an op has the same signature.
-        backward: The gradients of its inputs, from those of its outputs and the inputs; None
+        backward: The gradients of its inputs, from those of its outputs and what the op keeps; None
             where PyTorch differentiates the forward pass itself.
         refuses: Given the device and dtype, why this implementation cannot serve them, or None.
         reads_bfloat16: Whether a recurrence takes sequences of bfloat16, and gives its output so;
@@ -54,7 +54,7 @@ class Implementation:
 
     name: str
     forward: Callable[..., Any]
-    backward: Callable[..., tuple[Tensor, ...]] | None = None
+    backward: Callable[..., tuple[Any, ...]] | None = None
     refuses: Callable[[torch.device, torch.dtype], str | None] = _accept_anything
     reads_bfloat16: bool = False
 

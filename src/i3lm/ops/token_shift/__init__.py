@@ -80,7 +80,7 @@ def _numba(*inputs: Any) -> tuple[Tensor, ...]:
     return token_shift_mix_numba(*inputs)
 
 
-def _numba_backward(*inputs: Any) -> tuple[Tensor, ...]:
+def _numba_backward(*inputs: Any) -> tuple[Any, ...]:
     from i3lm.ops.token_shift.numba import token_shift_mix_numba_backward
 
     return token_shift_mix_numba_backward(*inputs)
