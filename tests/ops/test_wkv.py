@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -334,6 +335,24 @@ def test_runs_in_float32_whatever_the_inputs(name: str, dtype: torch.dtype, tole
     expected, last_expected = wkv(*inputs, implementation="reference")
     assert_close(output, expected, tolerance)
     assert_close(sums(last.double()), sums(last_expected), 1e-5)
+
+
+@pytest.mark.parametrize("marks", ["plain", "reset and mask"])
+def test_bfloat16_read_as_it_is_gives_the_numbers_of_float32(
+    marks: str, monkeypatch: pytest.MonkeyPatch
+):
+    generator = make_generator(7)
+    key, value, *rest = draw_inputs(2, 40, 130, generator, torch.float32)
+    inputs = [key.bfloat16(), value.bfloat16(), *rest]
+    weights = [w.float() for w in draw_weights(2, 40, 130, generator)]
+    options = {"implementation": "numba", **draw_marks(marks, 2, 40, generator)}
+    results, grads = run(inputs, weights, **options)
+    converting = replace(WKV.named("numba"), reads_bfloat16=False)
+    monkeypatch.setattr(WKV, "implementations", [converting])
+    expected, expected_grads = run(inputs, weights, **options)
+    for got, wanted in zip([*results, *grads], [*expected, *expected_grads], strict=True):
+        assert got.dtype == wanted.dtype
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("name", [name for name, dtype in CASES if dtype == torch.float64])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from i3lm.layers.linear import Linear
-from i3lm.ops import token_shift
+from i3lm.ops import squared_relu, token_shift_mix
 
 
 class ChannelMix(nn.Module):
@@ -37,7 +37,7 @@ class ChannelMix(nn.Module):
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Maps (B, T, C) to (B, T, C), and gives the state (B, C), the last input."""
-        previous, state = token_shift(x, state, reset=reset, mask=mask)
-        key = self.key(torch.lerp(previous, x, self.time_mix_key.to(x.dtype)))
-        receptance = self.receptance(torch.lerp(previous, x, self.time_mix_receptance.to(x.dtype)))
-        return torch.sigmoid(receptance) * self.value(torch.relu(key).square()), state
+        shares = (self.time_mix_key, self.time_mix_receptance)
+        (xk, xr), state = token_shift_mix(x, shares, state, reset=reset, mask=mask)
+        value = self.value(squared_relu(self.key(xk)))
+        return torch.sigmoid(self.receptance(xr)) * value, state

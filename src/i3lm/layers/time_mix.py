@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from i3lm.layers.linear import Linear
-from i3lm.ops import token_shift, wkv
+from i3lm.ops import token_shift_mix, wkv
 
 
 class TimeMixState(NamedTuple):
@@ -50,10 +50,9 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, TimeMixState]:
         """Maps (B, T, C) to (B, T, C), and gives the state after the last token."""
         shift, sums = state if state is not None else (None, None)
-        previous, shift = token_shift(x, shift, reset=reset, mask=mask)
-        key = self.key(torch.lerp(previous, x, self.time_mix_key.to(x.dtype)))
-        value = self.value(torch.lerp(previous, x, self.time_mix_value.to(x.dtype)))
-        receptance = self.receptance(torch.lerp(previous, x, self.time_mix_receptance.to(x.dtype)))
+        shares = (self.time_mix_key, self.time_mix_value, self.time_mix_receptance)
+        (xk, xv, xr), shift = token_shift_mix(x, shares, shift, reset=reset, mask=mask)
+        key, value, receptance = self.key(xk), self.value(xv), self.receptance(xr)
         time_decay = -torch.exp(self.time_decay)
         mixed, sums = wkv(key, value, time_decay, self.time_first, sums, reset=reset, mask=mask)
         return self.output(torch.sigmoid(receptance) * mixed), TimeMixState(shift, sums)

@@ -8,8 +8,9 @@ from i3lm.ops.attention import causal_attention
 from i3lm.ops.cross_entropy import linear_cross_entropy
 from i3lm.ops.gelu import gelu
 from i3lm.ops.linear import linear
+from i3lm.ops.squared_relu import squared_relu
 from i3lm.ops.state_space import state_space
-from i3lm.ops.token_shift import token_shift
+from i3lm.ops.token_shift import token_shift, token_shift_mix
 from i3lm.ops.wkv import wkv
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "gelu",
     "linear",
     "linear_cross_entropy",
+    "squared_relu",
     "state_space",
     "token_shift",
+    "token_shift_mix",
     "wkv",
 ]

@@ -24,6 +24,9 @@ TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 # The implementations that are right everywhere and fast nowhere.
 SLOW = ("scan", "reference")
 
+# Up to so many, an elementwise op is best done by PyTorch: measured with three mixes of width 768.
+FEW_NUMBERS = 2**16
+
 _ops: dict[str, Op] = {}
 # op name -> implementation name, set by `use_implementation` for a block of code.
 _overrides: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
@@ -42,15 +45,18 @@ class Implementation:
     Attributes:
         name: The word used everywhere: file, flag, test id.
         forward: The op; every implementation of an op has the same signature.
-        backward: The gradients of its inputs, from those of its outputs and the inputs; None
+        backward: The gradients of its inputs, from those of its outputs and what the op keeps; None
             where PyTorch differentiates the forward pass itself.
         refuses: Given the device and dtype, why this implementation cannot serve them, or None.
+        reads_bfloat16: Whether a recurrence takes sequences of bfloat16, and gives its output so;
+            others get them in the dtype in which they compute.
     """
 
     name: str
     forward: Callable[..., Any]
-    backward: Callable[..., tuple[Tensor, ...]] | None = None
+    backward: Callable[..., tuple[Any, ...]] | None = None
     refuses: Callable[[torch.device, torch.dtype], str | None] = _accept_anything
+    reads_bfloat16: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,21 @@ class Op:
             traced = _name_of_choice(self.name, device, dtype, implementation)
             return Choice(self.named(traced), "chosen when the call was traced")
         return self._choose(device, dtype, implementation)
+
+    def choose_for(self, x: Tensor, dtype: torch.dtype) -> Implementation:
+        """Gives the implementation for an elementwise op on `x`, whose last is the plain form.
+
+        That serves few numbers, where another's call costs more than it saves; compilers, which
+        make one pass of it themselves; and tensors that hold others, such as shards.
+
+        Args:
+            x: The input.
+            dtype: What must be accepted besides the device of `x`.
+        """
+        few = x.numel() < FEW_NUMBERS and self.override is None
+        if torch.compiler.is_compiling() or few or type(x) not in (Tensor, torch.nn.Parameter):
+            return self.implementations[-1]
+        return self._choose(x.device, dtype, None).implementation
 
     def _choose(
         self, device: torch.device, dtype: torch.dtype, implementation: str | None
@@ -223,6 +244,14 @@ def gradient_dtype(parameter: Tensor) -> torch.dtype | None:
     if torch.compiler.is_compiling() or not parameter.is_leaf:
         return parameter.dtype
     return parameter.grad_dtype
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a product of `x` with a matrix runs: autocast's, or its own."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 @contextlib.contextmanager

@@ -24,6 +24,8 @@ _matched = threading.local()  # as numba's own number is
 # diverged run shows as one.
 FAST: set[str] = {"reassoc", "contract", "nsz", "arcp", "afn"}
 compiled: Any = partial(njit, parallel=True, fastmath=FAST, cache=True, error_model="numpy")
+# For loops that write what they compute (benchmarks/NOTES.md, the first trap).
+as_written: Any = partial(njit, parallel=True, fastmath=False, cache=True, error_model="numpy")
 inlined: Any = partial(njit, inline="always", fastmath=FAST, error_model="numpy")
 
 _LOG2_E = np.float32(1.4426950408889634)
@@ -46,9 +48,9 @@ def match_threads() -> int:
 
 
 def as_arrays(*tensors: Tensor | None) -> list[np.ndarray]:
-    """The tensors as contiguous arrays; None becomes an empty (0, 0) mark."""
+    """The tensors as contiguous arrays, bfloat16 as its bits; None becomes an empty (0, 0) mark."""
     nothing = np.zeros((0, 0), np.bool_)
-    return [nothing if x is None else as_array(x) for x in tensors]
+    return [nothing if x is None else as_array(bits_of(x)) for x in tensors]
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
@@ -79,24 +81,6 @@ class _Memory:
 def _type_of(dtype: torch.dtype) -> str:
     """What NumPy calls a type."""
     return np.dtype(str(dtype).removeprefix("torch.")).str
-
-
-# A kernel keeps what one step touches as rows of one small array: a loop over many arrays that
-# might overlap does not vectorise (benchmarks/NOTES.md).
-
-
-@inlined()
-def load(work, row, source):
-    """Copies a vector into the beginning of a row of the working array."""
-    for i in range(source.shape[0]):
-        work[row, i] = source[i]
-
-
-@inlined()
-def store(target, work, row):
-    """Copies the beginning of a row of the working array into a vector."""
-    for i in range(target.shape[0]):
-        target[i] = work[row, i]
 
 
 def exp(x: Any) -> Any:
@@ -166,6 +150,31 @@ def _written_by_dtype(x, like):
     if like == types.uint16:
         return lambda x, like: _bfloat16_bits(x)
     return lambda x, like: x
+
+
+@inlined()
+def copy(target, source):
+    """Copies a vector into another, either perhaps of bfloat16."""
+    for i in range(target.shape[0]):
+        target[i] = written(widen(source[i]), target[i])
+
+
+# A kernel keeps what one step touches as rows of one small array: a loop over many arrays that
+# might overlap does not vectorise (benchmarks/NOTES.md).
+
+
+@inlined()
+def load(work, row, source):
+    """Copies a vector, perhaps of bfloat16, into the beginning of a row of the working array."""
+    for i in range(source.shape[0]):
+        work[row, i] = widen(source[i])
+
+
+@inlined()
+def store(target, work, row):
+    """Copies the beginning of a row of the working array into a vector, perhaps of bfloat16."""
+    for i in range(target.shape[0]):
+        target[i] = written(work[row, i], target[i])
 
 
 def bits_of(tensor: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from i3lm.ops.cross_entropy import SOFTMAX_LOSS, linear_cross_entropy
 from i3lm.ops.dispatch import Op, use_implementation
 from i3lm.ops.gelu import GELU, gelu
 from i3lm.ops.linear import LINEAR, LINEAR_OF_FEW_ROWS, linear
+from i3lm.ops.squared_relu import SQUARED_RELU, squared_relu
 from i3lm.ops.state_space import STATE_SPACE, state_space
+from i3lm.ops.token_shift import TOKEN_SHIFT_MIX, token_shift_mix
 from i3lm.ops.wkv import WKV, wkv
 
 RECURRENCES = {"wkv": WKV, "state_space": STATE_SPACE}
@@ -115,6 +117,22 @@ def _packed_attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     return [output, *_gradients(output, inputs)]
 
 
+def _token_shift_mix(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    reset = (torch.rand(2, 50, generator=draw) < 0.05).to(device)
+    mask = (torch.rand(2, 50, generator=draw) < 0.9).to(device)
+    x, state, *shares = _normal(device, dtype, (2, 50, 40), (2, 40), (40,), (40,))
+    mixes, last = token_shift_mix(x, shares, state, reset=reset, mask=mask)
+    outputs = torch.cat([*mixes, last.unsqueeze(1)], dim=1)
+    return [outputs, *_gradients(outputs, [x, state, *shares])]
+
+
+def _squared_relu(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    inputs = _normal(device, dtype, (50, 40))
+    output = squared_relu(*inputs)
+    return [output, *_gradients(output, inputs)]
+
+
 def _loss(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     hidden, weight, bias = _normal(device, dtype, (50, 16), (90, 16), (90,))
     loss = linear_cross_entropy(hidden, weight, bias, torch.arange(50, device=device))
@@ -150,6 +168,8 @@ CHECKS = {
         Check(CAUSAL_ATTENTION, torch.bfloat16, 3e-2, _attention),
         Check(PACKED_ATTENTION, torch.bfloat16, 3e-2, _packed_attention),
         Check(GELU, torch.bfloat16, 3e-2, _gelu),
+        Check(TOKEN_SHIFT_MIX, torch.float32, TOLERANCE, _token_shift_mix),
+        Check(SQUARED_RELU, torch.float32, TOLERANCE, _squared_relu),
         Check(SOFTMAX_LOSS, torch.float32, TOLERANCE, _loss),
         Check(LINEAR, torch.float32, TOLERANCE, _linear),
         Check(LINEAR_OF_FEW_ROWS, torch.float32, TOLERANCE, _few_rows),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from i3lm.ops.dispatch import (
@@ -47,7 +48,7 @@ def _triton_backward(*inputs: Any) -> tuple[Tensor, ...]:
 WKV = Op(
     "wkv",
     [
-        Implementation("numba", _numba, _numba_backward, numba_refuses),
+        Implementation("numba", _numba, _numba_backward, numba_refuses, reads_bfloat16=True),
         Implementation("triton", _triton, _triton_backward, triton_refuses),
         Implementation("scan", wkv_scan, wkv_scan_backward),
         Implementation("reference", wkv_reference),
@@ -111,15 +112,16 @@ def wkv(
     _check(key, value, time_decay, time_first, state, reset, mask)
     dtype = accumulation_dtype(value.dtype)
     choice = WKV.choose(value.device, dtype, implementation)
+    narrow = choice.implementation.reads_bfloat16 and key.dtype == value.dtype == torch.bfloat16
+    sequences = [x if narrow else x.to(dtype) for x in (key, value)]
     if state is None:
-        state = empty_state(key.shape[0], key.shape[2], like=key.to(dtype))
+        state = empty_state(key.shape[0], key.shape[2], like=time_decay.to(dtype))
     with full_precision(value.device):
-        inputs = [key.to(dtype), value.to(dtype)]
         marks = [None if m is None else m.bool() for m in (reset, mask)]
         if reverse:
-            inputs = [x.flip(1) for x in inputs]
+            sequences = [x.flip(1) for x in sequences]
             marks = [None if m is None else m.flip(1) for m in marks]
-        inputs += [time_decay.to(dtype), time_first.to(dtype), state.to(dtype)]
+        inputs = [*sequences, time_decay.to(dtype), time_first.to(dtype), state.to(dtype)]
         if runs_directly(choice.implementation):
             output, state = choice.implementation.forward(*inputs, *marks)
         else:

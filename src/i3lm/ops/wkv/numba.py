@@ -2,8 +2,8 @@
 
 A task is one row of the batch and one block of channels; the loop over channels vectorises, the
 loop over time is the recurrence. The backward pass recomputes the states block by block into a
-small buffer. Both are exact in the sense of `reference`, with sums in the inputs' dtype, float32 or
-float64.
+small buffer. Both are exact in the sense of `reference`, with sums in the state's dtype, float32 or
+float64; keys and values of bfloat16 come as their bits, and so does what goes with them.
 
 Of the two weights ``e^(a - max(a, b))`` and ``e^(b - max(a, b))`` one is always 1, so each
 combination costs one exponential. numba's own ``exp`` would not vectorise; `numba_bridge.exp` does.
@@ -57,12 +57,12 @@ def _add_token(work, one):
 @compiled()
 def forward_kernel(key, value, decay, first, state, reset, mask, output, final):
     B, T, C = key.shape
-    one = key.dtype.type(1)
+    one = state.dtype.type(1)
     blocks = (C + _BLOCK - 1) // _BLOCK
     for task in prange(B * blocks):
         b, low = task // blocks, (task % blocks) * _BLOCK
         high = min(low + _BLOCK, C)
-        work = np.zeros((16, _BLOCK), key.dtype)
+        work = np.zeros((16, _BLOCK), state.dtype)
         load(work, _DECAY, decay[low:high])
         load(work, _FIRST, first[low:high])
         for row in range(3):
@@ -92,13 +92,13 @@ def _backward(
 ):  # fmt: skip
     """See README.md beside this file for the adjoint recurrence."""
     B, T, C = key.shape
-    one = key.dtype.type(1)
+    one = state.dtype.type(1)
     blocks = (C + _BLOCK - 1) // _BLOCK
     for task in prange(B * blocks):
         b, low = task // blocks, (task % blocks) * _BLOCK
         high = min(low + _BLOCK, C)
-        work = np.zeros((16, _BLOCK), key.dtype)
-        sums = np.empty((T, 3, _BLOCK), key.dtype)  # before every step, as the step sees them
+        work = np.zeros((16, _BLOCK), state.dtype)
+        sums = np.empty((T, 3, _BLOCK), state.dtype)  # before every step, as the step sees them
         load(work, _DECAY, decay[low:high])
         load(work, _FIRST, first[low:high])
         for row in range(3):
@@ -198,7 +198,7 @@ def wkv_numba_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of key, value, time_decay, time_first and state; states are recomputed."""
     grad_key, grad_value = key.new_empty(key.shape), key.new_empty(key.shape)
-    grad_decay, grad_first = (key.new_empty(key.shape[0], key.shape[2]) for _ in range(2))
+    grad_decay, grad_first = (state.new_empty(key.shape[0], key.shape[2]) for _ in range(2))
     grad_start = state.new_empty(state.shape)
     match_threads()
     time_decay = time_decay.clamp_min(FASTEST)
