@@ -116,9 +116,11 @@ class Op:
             x: The input.
             dtype: What must be accepted besides the device of `x`.
         """
-        few = x.numel() < FEW_NUMBERS and self.override is None
-        if torch.compiler.is_compiling() or few or type(x) not in (Tensor, torch.nn.Parameter):
-            return self.implementations[-1]
+        plain = self.implementations[-1]
+        if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+            return plain
+        if x.numel() < FEW_NUMBERS and self.override is None:
+            return plain
         return self._choose(x.device, dtype, None).implementation
 
     def _choose(
