@@ -218,9 +218,10 @@ def state_space_numba_backward(
     return (
         grad_x,
         grad_mix.sum(0),
-        linear(flat.T, before.flatten(0, 1).T),
+        flat.T @ before.flatten(0, 1),  # too small to gain by `linear`
         linear(flat.T, x.flatten(0, 1).T),
-        linear(grad_output.flatten(0, 1).T, states.flatten(0, 1).T),
+        # Its transpose: oneDNN is twice as fast where the narrow matrix comes first.
+        linear(states.flatten(0, 1).T, grad_output.flatten(0, 1).T).T.contiguous(),
         grad_D.sum(0),
         torch.cat([start_average, start_hidden], dim=1),
     )
