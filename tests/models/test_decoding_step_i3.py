@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from i3lm.inference.loading import hold_weights_in_bf16
 from i3lm.inference.sessions import cache_states
 from i3lm.layers import Linear
-from i3lm.layers.decoding_step import DecodingStep
 from i3lm.models.i3 import I3Cache, I3ForCausalLM
 from i3lm.models.i3.cache_i3 import CarriedState
+from i3lm.models.i3.decoding_i3 import _Token
 from i3lm.ops.decoding_step import DECODING_STEP, FEW_ROWS, decoding_kernels
 from i3lm.ops.dispatch import use_implementation
 from tests.models.tiny_i3 import KINDS, UNLIMITED, draw_ids, make_model
@@ -34,13 +34,13 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that have run, by name."""
     calls: list[str] = []
-    run = DecodingStep._run
+    run = _Token.__call__
 
-    def noted(self, kernels, kernel, *inputs):
-        calls.append(kernel)
-        return run(self, kernels, kernel, *inputs)
+    def noted(self, halves, x):
+        calls.extend(half.name for half in halves)
+        return run(self, halves, x)
 
-    monkeypatch.setattr(DecodingStep, "_run", noted)
+    monkeypatch.setattr(_Token, "__call__", noted)
     return calls
 
 
@@ -72,13 +72,29 @@ def check_equal(model: I3ForCausalLM, ids: Tensor, prompt: int = 4) -> None:
 @pytest.mark.parametrize("B", [1, FEW_ROWS])
 def test_logits_and_states_are_the_modules(kind: str, B: int, fused: list[str]):
     check_equal(make_model(kind), draw_ids(B, 20))
-    assert fused
+    assert fused or kind == "v1"
 
 
 @every_kind
 def test_bf16_matrices(kind: str, fused: list[str]):
     check_equal(hold_weights_in_bf16(make_model(kind)), draw_ids(1, 12))
-    assert fused
+    assert fused or kind == "v1"
+
+
+@every_kind
+def test_left_padding(kind: str, fused: list[str]):
+    model, ids = make_model(kind), draw_ids(3, 20)
+    mask = (torch.arange(20) >= torch.tensor([[0], [2], [3]])).long()
+    with torch.no_grad():
+        cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).past_key_values
+        other = copy.deepcopy(cache)
+        for t in range(4, 20):
+            step = partial(model, ids[:, t : t + 1], attention_mask=mask[:, : t + 1])
+            logits = step(past_key_values=cache).logits
+            with modules_alone():
+                expected = step(past_key_values=other).logits
+            torch.testing.assert_close(logits, expected, **CLOSE)
+    assert fused or kind == "v1"
 
 
 @pytest.mark.parametrize("kind", ["rwkv4", "state_space"])
@@ -95,8 +111,7 @@ def test_int8_matrices(kind: str, fused: list[str]):
     quantize_(model, Int8WeightOnlyConfig(version=2), lambda m, _: isinstance(m, Linear))
     use_int8_products(model)
     check_equal(model, draw_ids(2, 12))
-    assert "attention_output" in fused
-    assert "feed_forward" in fused
+    assert {"attention", "feed_forward"} <= set(fused)
 
 
 @pytest.mark.parametrize("kind", UNLIMITED)
@@ -125,18 +140,17 @@ def test_both_ways_take_turns(kind: str):
 def test_every_half_of_a_layer_is_fused(fused: list[str]):
     model = make_model("rope")
     decode(model, draw_ids(1, 1), read(model, draw_ids(1, 4)))
-    attention = ["attention_input", "attention_output"]
     assert fused == [
         *["time_mix", "channel_mix"],
-        *[*attention, "feed_forward"],
-        *["time_mix", *attention, "channel_mix"],
+        *["attention", "feed_forward"],
+        *["time_mix", "attention", "channel_mix"],
     ]
 
 
-def test_low_rank_maps_are_called_as_modules(fused: list[str]):
+def test_layers_with_maps_of_low_rank_are_called_as_modules(fused: list[str]):
     model = make_model("v1")
     decode(model, draw_ids(1, 1), read(model, draw_ids(1, 4)))
-    assert fused == ["state_space", "state_space"]
+    assert not fused
 
 
 @torch.no_grad()
@@ -244,6 +258,21 @@ def test_a_hook_on_all_modules_is_called_for_each():
     assert seen.count(Linear) == sum(type(module) is Linear for module in model.modules())
 
 
+def test_a_layer_whose_forward_pass_is_replaced_is_called_as_it_is(fused: list[str]):
+    model = make_model("rwkv4")
+    layer = model.model.layers[1]
+    forward, calls = layer.forward, []
+
+    def replaced(x, step=None, **kwargs):
+        calls.append(step)
+        return forward(x, **kwargs)
+
+    layer.forward = replaced
+    check_equal(model, draw_ids(1, 6))
+    assert set(calls) == {None}
+    assert fused.count("time_mix") == 2  # of the other layer, for each token
+
+
 def test_hidden_states_are_recorded():
     model = make_model("rope")
     cache = read(model, draw_ids(1, 4))
@@ -271,11 +300,9 @@ def test_a_model_that_has_decoded_is_copied_and_pickled():
 def test_parameters_are_let_go_when_the_model_moves():
     model = make_model("rwkv4")
     decode(model, draw_ids(1, 1), read(model, draw_ids(1, 4)))
-    step = model.model.layers[0]._mixer_step
-    assert step._tensors
+    assert model.model._decoding_step._known is not None
     model.double()
-    assert not step._tensors
-    assert step._arguments is None
+    assert model.model._decoding_step._known is None
 
 
 def test_gradients_padding_autocast_and_doubles_take_the_modules(fused: list[str]):
@@ -321,8 +348,8 @@ def test_adapters_are_called_as_modules(kind: str, fused: list[str]):
             if "lora_B" in name:
                 parameter.normal_()
     check_equal(model, ids)
-    assert fused
     assert not {"time_mix", "state_space"} & set(fused)
+    assert fused or kind == "hybrid rwkv4"  # where no layer is without a recurrence
 
 
 def test_another_kernel_that_is_asked_for_runs(fused: list[str]):

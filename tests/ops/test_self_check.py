@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from i3lm.ops.decoding_step import reference
 from i3lm.ops.dispatch import Implementation
 from i3lm.ops.self_check import CHECKS, largest_difference
 
@@ -20,7 +21,17 @@ def test_every_implementation_here_agrees(op: str, name: str):
     assert largest_difference(op, name) <= CHECKS[op].tolerance
 
 
+class _WrongKernels:
+    """Stands for kernels of a decoding step that go slightly wrong."""
+
+    @staticmethod
+    def half(*inputs):
+        return slightly_wrong(reference.half(*inputs), inputs)
+
+
 def slightly_wrong(results, inputs):
+    if results is None and not inputs:
+        return _WrongKernels
     if results is None:  # what was given has changed
         return inputs[0][0].mul_(1.1)
     if isinstance(results, Tensor | float):

@@ -1,7 +1,10 @@
-"""A half of a layer for one new token by one kernel, in place of its modules."""
+"""Layers for one new token by kernels, in place of their modules."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from operator import is_
 from types import ModuleType
 from typing import Any
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from i3lm.layers.attention import CausalSelfAttention, KeyValueStore, Rotation
+from i3lm.layers.attention import CausalSelfAttention
 from i3lm.layers.channel_mix import ChannelMix
 from i3lm.layers.feed_forward import FeedForward
 from i3lm.layers.hybrid import HybridMixer
@@ -31,179 +34,242 @@ _PARTS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
     HybridMixer: ("state_space", ("mix", "A", "B", "C", "D"), ()),
     FeedForward: ("feed_forward", (), ("up", "down")),
-    CausalSelfAttention: ("attention_input", (), ("query_key_value", "output")),
+    CausalSelfAttention: ("attention", (), ("query_key_value", "output")),
 }
 # Hooks on all modules of the process.
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 # What takes the place of one module's forward pass, as offloading and compilers do.
 _REPLACEMENTS = ("forward", "_compiled_call_impl")
+# A layer for one new token: from (B, 1, C) to (B, 1, C), its states replaced.
+LayerStep = Callable[[Tensor], Tensor]
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-_NOTHING = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class Half:
+    """``x + module(norm(x))`` by one kernel.
+
+    Attributes:
+        name: The kernel's name.
+        kernel: The kernel.
+        module: What stands behind the norm.
+        number: Of its record in the plan's table.
+        like: An empty array of the dtype of its matrices.
+    """
+
+    name: str
+    kernel: Callable[..., None]
+    module: nn.Module
+    number: int
+    like: Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What kernels compute a model's layers from.
+
+    Attributes:
+        halves: Those of every layer; none where the modules must be called.
+        table: Where the parameters of all halves lie, records as the kernels take them.
+    """
+
+    halves: tuple[tuple[Half, ...], ...]
+    table: Any
 
 
 class DecodingStep:
-    """``x + module(norm(x))`` for one new token by one kernel, with the modules' parameters.
+    """Where the kernels of a decoding step find the parameters of a model's layers.
 
-    The parameters are looked up once and used while the modules are what they were. A module of
-    another kind (an adapter, a map of low rank), a hook or a replaced forward pass: the modules
-    must be called. A copy and a pickle of this begin empty.
+    They are looked up once and used while the modules are what they were. A module of another
+    kind (an adapter, a map of low rank), a hook or a replaced forward pass: the modules of its
+    layer must be called. A copy and a pickle of this begin empty.
+
+    Args:
+        names: The attributes of a layer that are norm and module of a half, in turn; it need not
+            have them all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[tuple[str, str]]) -> None:
+        self.names = names
         self.forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DecodingStep, ()
+        return DecodingStep, (self.names,)
 
     def forget(self) -> None:
         """Lets go of the parameters, which would else stay in memory with this."""
-        self._kernel = ""
-        self._arguments: tuple[Any, ...] | None = None
-        self._owners: tuple[nn.Module, ...] = ()
-        self._modules: list[nn.Module] = []
-        self._types: list[type] = []
-        self._widths: tuple[int, ...] = ()  # channels of every state
-        # What must stand where for the parameters to be those of the modules.
-        self._homes: list[dict[str, Any]] = []
-        self._names: list[str] = []
-        self._things: list[Any] = []
-        self._hooks: list[dict[int, Any]] = []
-        self._tensors: list[Tensor] = []
-        self._addresses: list[int] = []
+        self._known: tuple[tuple[nn.Module, ...], _Watch, Plan] | None = None
 
-    def __call__(
-        self, kernels: ModuleType, norm: nn.Module, module: nn.Module, x: Tensor, *states: Tensor
-    ) -> Tensor | None:
-        """Gives ``x + module(norm(x))`` and replaces the states in place.
+    def plan(self, layers: nn.ModuleList, kernels: ModuleType) -> Plan | None:
+        """Gives what the kernels compute these layers from.
 
         Args:
+            layers: The layers.
             kernels: What `i3lm.ops.decoding_step.decoding_kernels` gives.
-            norm: The LayerNorm.
-            module: What comes behind it, not an attention.
-            x: Inputs, shape (B, 1, C).
-            states: The module's states, as the kernel takes them.
 
         Returns:
-            Shape (B, 1, C); or None where the modules must be called, and nothing is changed.
+            The plan, or None where a hook is on all modules of the process.
         """
-        if not self._ready(norm, module):
+        if any(_GLOBAL_HOOKS):
             return None
-        expected = [(x.shape[0], width) for width in self._widths]
-        fitting = [(state.shape[0], state.shape[-1]) for state in states if _is_plain(state)]
-        if fitting != expected:
-            return None
-        return self._run(kernels, self._kernel, x, *states)
+        known = self._known
+        if known is None or known[0] != tuple(layers) or not known[1].unchanged():
+            watch = _Watch()
+            plan = _look_up(layers, self.names, kernels, watch)
+            known = self._known = tuple(layers), watch, plan
+        return known[2]
 
-    def attend(
-        self,
-        kernels: ModuleType,
-        norm: nn.Module,
-        attention: CausalSelfAttention,
-        x: Tensor,
-        mask: Tensor | None,
-        store: KeyValueStore | None,
-        rotation: Rotation | None,
-    ) -> Tensor | None:
-        """As a call, for an attention: its products by kernels, the rest by itself."""
-        if not self._ready(norm, attention):
-            return None
-        # The last bit of PyTorch's products can depend on the alignment of what they read, and
-        # only its own memory has always the same.
-        heads = self._run(kernels, self._kernel, x).clone()
-        mixed = attention.attend(heads, mask, store, rotation)
-        return self._run(kernels, "attention_output", x, mixed.flatten(0, 1))
 
-    def _run(self, kernels: ModuleType, kernel: str, x: Tensor, *states: Tensor) -> Tensor:
-        assert self._arguments is not None
-        rows = x.reshape(x.shape[0], -1).numpy()
-        arrays = tuple([state.numpy() for state in states])
-        output = getattr(kernels, kernel)(rows, *self._arguments, arrays, kernels.match_threads())
-        return torch.from_numpy(output).unsqueeze(1)
+@dataclass
+class _Watch:
+    """What must be as it was for parameters to be those of the modules.
 
-    def _ready(self, norm: nn.Module, module: nn.Module) -> bool:
-        if self._owners != (norm, module) or not self._unchanged():
-            self.forget()
-            self._look_up(norm, module)
-        hooked = any(self._hooks) or any(_GLOBAL_HOOKS)
-        return self._arguments is not None and not hooked
+    It is looked at before every token, when the matrices of the last one have driven all else out
+    of the processor's caches: the fewer things are touched, the better.
+    """
 
-    def _unchanged(self) -> bool:
-        if list(map(type, self._modules)) != self._types:
-            return False
-        if not all(map(is_, map(dict.get, self._homes, self._names), self._things)):
-            return False
-        # `module.to` keeps a parameter and changes what it holds. The arrays keep the old memory,
-        # so that the new one cannot have its address; shards that come and go may have it again,
-        # and then it is theirs.
-        return [tensor.data_ptr() for tensor in self._tensors] == self._addresses
+    modules: list[nn.Module] = field(default_factory=list)
+    types: list[type] = field(default_factory=list)
+    # Parameters and children, by name.
+    homes: list[dict[str, Any]] = field(default_factory=list)
+    things: list[Any] = field(default_factory=list)
+    # Hooks and attributes, where a replaced forward pass would be one more.
+    others: list[dict[Any, Any]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
 
-    def _look_up(self, norm: nn.Module, module: nn.Module) -> None:
-        self._owners = norm, module
-        kernel, names, maps = _PARTS.get(type(module), ("", (), ()))
-        linears = [getattr(module, name) for name in maps]
-        replaced = any(
-            x.__dict__.get(name) for x in (norm, module, *linears) for name in _REPLACEMENTS
+    def unchanged(self) -> bool:
+        """Whether all is as it was."""
+        things = list(chain.from_iterable(map(dict.values, self.homes)))
+        return (
+            list(map(type, self.modules)) == self.types
+            and len(things) == len(self.things)
+            and all(map(is_, things, self.things))
+            and list(map(len, self.others)) == self.sizes
+            # `module.to` keeps a parameter and changes what it holds. Shards that come and go may
+            # have their memory again, and then it is theirs.
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
         )
-        if not kernel or type(norm) is not nn.LayerNorm or replaced:
-            return
-        stored = [parts for x in linears if isinstance(x, Linear) and (parts := x.stored())]
-        vectors = [getattr(module, name) for name in names]
-        weights = [parts[0] for parts in stored]
-        scales, biases = [parts[1] for parts in stored], [parts[2] for parts in stored]
-        small = [norm.weight, norm.bias, *vectors, *scales, *biases]
-        if len(weights) < len(linears) or not _readable(weights, small):
-            return
-        self._watch([norm, module, *linears], [(module, name) for name in maps])
-        self._tensors = [*weights, *(x for x in small if x is not None)]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        affine = _array(norm.weight), _array(norm.bias), norm.eps
-        groups = (vectors, weights, scales, biases)
-        self._kernel, self._widths = kernel, _state_widths(module)
-        self._arguments = (affine, *(tuple(map(_array, group)) for group in groups))
 
-    def _watch(self, modules: list[nn.Module], children: list[tuple[nn.Module, str]]) -> None:
-        self._modules, self._types = modules, list(map(type, modules))
-        slots: list[tuple[dict[str, Any], str]]
-        slots = [(owner._modules, name) for owner, name in children]
-        for module in modules:
-            slots += [(module._parameters, name) for name in module._parameters]
-            slots += [(module.__dict__, name) for name in _REPLACEMENTS]
-            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
-        self._homes, self._names = [home for home, _ in slots], [name for _, name in slots]
-        self._things = [home.get(name) for home, name in slots]
+    def add(self, module: nn.Module) -> None:
+        """Watches a module, its parameters and its children."""
+        self.modules.append(module)
+        self.types.append(type(module))
+        for home in (module._parameters, module._modules):
+            self.homes.append(home)
+            self.things += home.values()
+        for other in (module._forward_hooks, module._forward_pre_hooks, module.__dict__):
+            self.others.append(other)
+            self.sizes.append(len(other))
+
+    def add_memory(self, tensors: list[Tensor]) -> None:
+        """Watches where tensors lie."""
+        self.tensors += tensors
+        self.addresses += [tensor.data_ptr() for tensor in tensors]
+        # Kept though a parameter be given other memory, which then cannot have the same address.
+        self.kept += [tensor.detach() for tensor in tensors]
 
 
-def _state_widths(module: nn.Module) -> tuple[int, ...]:
-    if isinstance(module, HybridMixer):
-        return (module.C.shape[0] + module.C.shape[1],)
-    if isinstance(module, TimeMix | ChannelMix):
-        return (module.time_mix_key.shape[0],) * (2 if isinstance(module, TimeMix) else 1)
-    return ()
+def _look_up(
+    layers: nn.ModuleList, names: Sequence[tuple[str, str]], kernels: ModuleType, watch: _Watch
+) -> Plan:
+    halves: list[tuple[Half, ...]] = []
+    records: list[Any] = []
+    for layer in layers:
+        present = [pair for pair in names if hasattr(layer, pair[1])]
+        watch.add(layer)
+        parts = [_Part(getattr(layer, norm), getattr(layer, module)) for norm, module in present]
+        for part in parts:
+            part.watch_with(watch)
+        whole = not _is_replaced(layer) and all(part.is_served() for part in parts)
+        served = parts if whole else []
+        halves.append(tuple(part.half(kernels, len(records) + i) for i, part in enumerate(served)))
+        records += [part.record(kernels) for part in served]
+    return Plan(tuple(halves), kernels.table_of(records))
 
 
-def _readable(weights: list[Tensor], small: list[Tensor | None]) -> bool:
-    """Whether the kernels take these: matrices of one dtype, all else float32, as they lie."""
-    kinds = (Tensor, nn.Parameter)
-    return (
-        len({weight.dtype for weight in weights}) <= 1
-        and all(weight.dtype in _WEIGHT_DTYPES for weight in weights)
-        and all(tensor.dtype == torch.float32 for tensor in small if tensor is not None)
-        and all(
-            type(tensor) in kinds and tensor.device.type == "cpu" and tensor.is_contiguous()
-            for tensor in [*weights, *small]
-            if tensor is not None
+class _Part:
+    """A norm and what stands behind it, with the linear maps inside."""
+
+    def __init__(self, norm: nn.Module, module: nn.Module) -> None:
+        self.norm, self.module = norm, module
+        self.kernel, names, maps = _PARTS.get(type(module), ("", (), ()))
+        self.linears = [getattr(module, name) for name in maps]
+        stored = [parts for x in self.linears if isinstance(x, Linear) and (parts := x.stored())]
+        self.vectors = [getattr(module, name) for name in names]
+        self.weights = [parts[0] for parts in stored]
+        self.scales, self.biases = [parts[1] for parts in stored], [parts[2] for parts in stored]
+
+    def watch_with(self, watch: _Watch) -> None:
+        for module in (self.norm, self.module, *self.linears):
+            watch.add(module)
+        if self.is_served():
+            watch.add_memory([x for x in (*self.weights, *self._small()) if x is not None])
+
+    def is_served(self) -> bool:
+        """Whether the kernels take these: matrices of one dtype, all else float32, as they lie."""
+        norm = self.norm
+        if (
+            not self.kernel
+            or type(norm) is not nn.LayerNorm
+            or norm.weight is None
+            or norm.bias is None
+            or len(self.weights) < len(self.linears)
+            or any(map(_is_intercepted, (norm, self.module, *self.linears)))
+        ):
+            return False
+        small = [tensor for tensor in self._small() if tensor is not None]
+        return (
+            len({weight.dtype for weight in self.weights}) <= 1
+            and all(weight.dtype in _WEIGHT_DTYPES for weight in self.weights)
+            and all(tensor.dtype == torch.float32 for tensor in small)
+            and all(map(_is_plain, [*self.weights, *small]))
         )
-        and small[0] is not None
-        and small[1] is not None
-    )
+
+    def half(self, kernels: ModuleType, number: int) -> Half:
+        dtype = self.weights[0].dtype if self.weights else torch.float32
+        kernel = kernels.KERNELS[self.kernel]
+        return Half(self.kernel, kernel, self.module, number, kernels.empty_array(dtype))
+
+    def record(self, kernels: ModuleType) -> Any:
+        """Where the half's parameters lie."""
+        return kernels.record_of(
+            epsilon=self.norm.eps,
+            width=self._width(),
+            norm=[self.norm.weight, self.norm.bias],
+            vectors=self.vectors,
+            weights=self.weights,
+            scales=self.scales,
+            biases=self.biases,
+        )
+
+    def _small(self) -> list[Tensor | None]:
+        return [self.norm.weight, self.norm.bias, *self.vectors, *self.scales, *self.biases]
+
+    def _width(self) -> int:
+        if isinstance(self.module, CausalSelfAttention):
+            return self.module.num_attention_heads
+        if isinstance(self.module, HybridMixer):
+            return self.module.A.shape[0]
+        return self.weights[0].shape[0]
 
 
-def _array(tensor: Tensor | None) -> Any:
-    from i3lm.ops.numba_bridge import as_array, bits_of
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether something else runs in place of a module's own forward pass."""
+    return any(module.__dict__.get(name) for name in _REPLACEMENTS)
 
-    # Detached, the array keeps the memory though the parameter be given another.
-    return as_array(bits_of((_NOTHING if tensor is None else tensor).detach()))
+
+def _is_intercepted(module: nn.Module) -> bool:
+    """Whether more than its own forward pass happens when a module is called."""
+    hooked = bool(module._forward_hooks) or bool(module._forward_pre_hooks)
+    return hooked or _is_replaced(module)
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+    )

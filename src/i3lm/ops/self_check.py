@@ -11,6 +11,7 @@ from torch import Tensor
 from i3lm.ops.adamw import ADAMW_STEP, GRADIENT_NORM, AdamWSettings, adamw_step, gradient_norm
 from i3lm.ops.attention import CAUSAL_ATTENTION, PACKED_ATTENTION, causal_attention
 from i3lm.ops.cross_entropy import SOFTMAX_LOSS, linear_cross_entropy
+from i3lm.ops.decoding_step import DECODING_STEP, reference
 from i3lm.ops.dispatch import Op, use_implementation
 from i3lm.ops.gelu import GELU, gelu
 from i3lm.ops.linear import LINEAR, LINEAR_OF_FEW_ROWS, linear
@@ -155,6 +156,28 @@ def _adamw(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     return [*parameters, *averages, *squares]
 
 
+# The shapes of the vectors, matrices and states of half a layer for two rows of 64 channels.
+_C, _N, _H = 64, 8, 4
+_HALVES: dict[str, tuple[list[tuple[int, ...]], ...]] = {
+    "time_mix": ([(_C,)] * 5, [(_C, _C)] * 4, [(2, 3, _C), (2, _C)]),
+    "channel_mix": ([(_C,)] * 2, [(96, _C), (_C, _C), (_C, 96)], [(2, _C)]),
+    "state_space": ([(_C,), (_N, _N), (_N, _C), (_C, _N), (_C,)], [], [(2, _C + _N)]),
+    "feed_forward": ([], [(96, _C), (_C, 96)], []),
+    "attention": ([], [(3 * _C, _C), (_C, _C)], [(2, _H, 9, _C // _H)] * 2),
+}
+
+
+@torch.no_grad()
+def _decoding_step(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    kernels = DECODING_STEP.choose(device, dtype).implementation.forward() or reference
+    results: list[Tensor] = []
+    for name, shapes in _HALVES.items():
+        x, weight, bias = _normal(device, dtype, (2, _C), (_C,), (_C,))
+        groups = [[y.detach() / 4 for y in _normal(device, dtype, *group)] for group in shapes]
+        results += kernels.half(name, x.detach(), [weight.detach(), bias.detach()], *groups)
+    return results
+
+
 # float32: sums over a hundred terms, in the recurrences with exponents up to about 30. bfloat16
 # keeps 8 bits, and attention rounds to it four times, GELU and its inputs thrice.
 TOLERANCE = 1e-4
@@ -175,6 +198,7 @@ CHECKS = {
         Check(LINEAR_OF_FEW_ROWS, torch.float32, TOLERANCE, _few_rows),
         Check(GRADIENT_NORM, torch.float32, TOLERANCE, _gradient_norm),
         Check(ADAMW_STEP, torch.float32, TOLERANCE, _adamw),
+        Check(DECODING_STEP, torch.float32, TOLERANCE, _decoding_step),
     )
 }
 

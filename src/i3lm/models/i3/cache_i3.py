@@ -7,10 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
 
 from i3lm.errors import CheckpointError
 from i3lm.models.i3.configuration_i3 import I3Config
@@ -23,15 +29,118 @@ SLOTS = ("recurrence", "mixer_shift", "feed_forward_shift")
 _States = dict[tuple[int, int], Tensor]
 
 
+class GrowingKeys(DynamicLayer):
+    """Keys and values of an attention layer with room for more behind them.
+
+    transformers' own layer copies all of them for every token. `keys` and `values` are views of
+    what is in use, and whatever else puts other tensors in their place (reordering, cropping) may
+    do so: the room belongs to the very tensors that this class has put there.
+    """
+
+    _held: tuple[Tensor, Tensor] | None = None
+    _spare = 0  # tokens that fit behind what is held
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Adds keys and values (B, H, T, D), and gives those that the new tokens may see."""
+        if not self.grows_in_place(key_states, value_states):
+            return super().update(key_states, value_states, *args, **kwargs)
+        keys, values = self.extend(key_states)
+        T = key_states.shape[-2]
+        keys[..., -T:, :], values[..., -T:, :] = key_states, value_states
+        return keys, values
+
+    def extend(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Makes room for as many tokens as `like` (B, H, T, D) has.
+
+        Returns:
+            Keys and values that the new tokens may see, theirs at the end and yet to be written;
+            of every head they are contiguous.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+        B, H, T, D = like.shape
+        if not self._owns_room() or self._spare < T:
+            self._move(like)
+        S = self.keys.shape[-2] + T
+        keys, values = (x.as_strided((B, H, S, D), x.stride()) for x in (self.keys, self.values))
+        self._spare -= T
+        self._keep(keys, values, T)
+        self._held = self.keys, self.values
+        return keys, values
+
+    def grows_in_place(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether keys and values (B, H, T, D) can be written behind those that are there."""
+        held = self.keys if self._length() else keys
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (held, keys, values))
+        recording = getattr(self, "record_past", False)  # all are kept until a `crop`
+        alike = keys.shape == values.shape and keys.dtype == values.dtype == held.dtype
+        fitting = keys.shape[:2] == held.shape[:2] and keys.shape[3] == held.shape[3]
+        return (
+            alike
+            and fitting
+            and keys.device == held.device
+            and not (tracked or recording or torch.compiler.is_compiling())
+        )
+
+    def _keep(self, keys: Tensor, values: Tensor, added: int) -> None:
+        self.keys, self.values = keys, values
+
+    def _length(self) -> int:
+        """The number of tokens whose keys are kept."""
+        return self.keys.shape[-2] if self.is_initialized and self.keys.dim() == 4 else 0
+
+    def _owns_room(self) -> bool:
+        if self._held is None or self.keys is not self._held[0] or self.values is not self._held[1]:
+            return False
+        # Outside of inference mode nothing may be written into what was made inside.
+        return torch.is_inference_mode_enabled() or not self.keys.is_inference()
+
+    def _move(self, like: Tensor) -> None:
+        """Puts keys and values at the beginning of new memory, with room for those of `like`."""
+        (B, H, T, D), S = like.shape, self._length()
+        self._spare = T + max(64, (S + T) // 2)  # in proportion: a token costs the same for ever
+        moved = []
+        for old in (self.keys, self.values):
+            memory = like.new_empty(B, H, S + self._spare, D)
+            if S:
+                memory[:, :, :S] = old
+            moved.append(memory[:, :, :S])
+        self.keys, self.values = moved
+
+
+class GrowingSlidingKeys(GrowingKeys, DynamicSlidingWindowLayer):
+    """The same for an attention that sees a window: what has left it makes room in time."""
+
+    def _keep(self, keys: Tensor, values: Tensor, added: int) -> None:
+        self.cumulative_length += added
+        start = -self.sliding_window + 1
+        self.keys, self.values = keys[:, :, start:], values[:, :, start:]
+
+
+class GrowingHybridKeys(GrowingKeys, LinearAttentionAndFullAttentionLayer):
+    """The same beside recurrent states."""
+
+
+_GROWING: dict[type, type] = {
+    DynamicLayer: GrowingKeys,
+    DynamicSlidingWindowLayer: GrowingSlidingKeys,
+    LinearAttentionAndFullAttentionLayer: GrowingHybridKeys,
+}
+
+
 class I3Cache(DynamicCache):
     """transformers' `DynamicCache` that also knows its length when no layer is attention.
 
     The stock cache asks an attention layer how many tokens it has seen; a stack of recurrent
-    layers alone has none.
+    layers alone has none. Keys and values grow in place, see `GrowingKeys`.
     """
 
     def __init__(self, config: I3Config, **kwargs) -> None:
         super().__init__(config=config, **kwargs)
+        for layer in self.layers:
+            layer.__class__ = _GROWING.get(type(layer), type(layer))
         self._has_attention = any(kind != "linear_attention" for kind in config.layer_types or ())
         self._seen_tokens = 0
 

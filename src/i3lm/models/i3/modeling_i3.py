@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from i3lm.layers import (
     parameter_groups,
 )
 from i3lm.layers.attention import Rotation
-from i3lm.layers.decoding_step import DecodingStep
+from i3lm.layers.decoding_step import DecodingStep, LayerStep
 from i3lm.layers.time_mix import TimeMixState
 from i3lm.models.i3.cache_i3 import (
     FEED_FORWARD_SHIFT,
@@ -45,6 +45,7 @@ from i3lm.models.i3.cache_i3 import (
     write_state,
 )
 from i3lm.models.i3.configuration_i3 import I3Config
+from i3lm.models.i3.decoding_i3 import layer_steps
 from i3lm.models.i3.generation_i3 import I3GenerationMixin
 from i3lm.models.i3.initialization_i3 import initialize_original, initialize_rwkv
 from i3lm.models.i3.packing_i3 import (
@@ -56,12 +57,12 @@ from i3lm.models.i3.packing_i3 import (
 from i3lm.ops import linear, linear_cross_entropy
 from i3lm.ops.decoding_step import decoding_kernels
 
-# Where the states of a recurrent module lie in the cache, in the order of its kernel.
-_SLOTS: dict[type[nn.Module], tuple[int, ...]] = {
-    TimeMix: (RECURRENCE, MIXER_SHIFT),
-    HybridMixer: (RECURRENCE,),
-    ChannelMix: (FEED_FORWARD_SHIFT,),
-}
+# Norm and module of each half of a layer; `attention` is in hybrid layers alone.
+_HALVES = (
+    ("mixer_norm", "mixer"),
+    ("attention_norm", "attention"),
+    ("feed_forward_norm", "feed_forward"),
+)
 
 # Document starts and padding, as the recurrent ops take them.
 _Marks = dict[str, Tensor | None]
@@ -94,14 +95,6 @@ class I3DecoderLayer(GradientCheckpointingLayer):
             self.feed_forward: nn.Module = ChannelMix(C, config.intermediate_size)
         else:
             self.feed_forward = FeedForward(C, config.intermediate_size, config.low_rank)
-        self._mixer_step, self._attention_step, self._feed_forward_step = (
-            DecodingStep() for _ in range(3)
-        )
-
-    def _apply(self, *args: Any, **kwargs: Any) -> I3DecoderLayer:
-        for step in (self._mixer_step, self._attention_step, self._feed_forward_step):
-            step.forget()
-        return super()._apply(*args, **kwargs)
 
     def forward(
         self,
@@ -113,13 +106,14 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         first: Tensor | None = None,
         reset: Tensor | None = None,
         carried_row: CarriedRow | None = None,
-        kernels: ModuleType | None = None,
+        step: LayerStep | None = None,
     ) -> Tensor:
-        """Maps (B, T, C) to (B, T, C), reading and writing its states.
+        """Maps (B, T, C) to (B, T, C), reading and writing its states; by `step` if one is given.
 
-        With `kernels`, those of a decoding step, a part of the layer that they can serve is one
-        call; the others call their modules, as all do without.
+        The layer is called in that case too, so that what hooks on it is told.
         """
+        if step is not None:
+            return step(hidden_states)
         x = hidden_states
         store = None
         if past_key_values is not None:
@@ -127,42 +121,15 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         # Gradient checkpointing takes the cache away, and leaves the carried states.
         states = past_key_values if carried_row is None else carried_row
         marks = {"reset": reset, "mask": padding_mask}
-        seen = {"mask": causal_mask, "store": store, "rotation": rotation}
-        attend = partial(_attend, kernels, seen, first)
-        recur = partial(self._step, kernels, past_key_values)
+        seen = {"mask": causal_mask, "store": store, "rotation": rotation, "first": first}
+        normed = self.mixer_norm(x)
         if isinstance(self.mixer, CausalSelfAttention):
-            x = attend(self._mixer_step, self.mixer_norm, self.mixer, x)
+            x = x + self.mixer(normed, **seen)
         else:
-            mixed = recur(self._mixer_step, self.mixer_norm, self.mixer, x)
-            if mixed is None:
-                mixed = x + self._recur(self.mixer_norm(x), marks, states)
-            x = mixed
+            x = x + self._recur(normed, marks, states)
         if self.layer_type == "hybrid":
-            x = attend(self._attention_step, self.attention_norm, self.attention, x)
-        output = recur(self._feed_forward_step, self.feed_forward_norm, self.feed_forward, x)
-        if output is None:
-            output = x + self._feed_forward(self.feed_forward_norm(x), marks, states)
-        return output
-
-    def _step(
-        self,
-        kernels: ModuleType | None,
-        cache: Cache | None,
-        step: DecodingStep,
-        norm: nn.Module,
-        module: nn.Module,
-        x: Tensor,
-    ) -> Tensor | None:
-        """``x + module(norm(x))`` by one kernel, or None where that cannot be."""
-        if kernels is None:
-            return None
-        states = []
-        for slot in _SLOTS.get(type(module), ()):
-            state = read_state(cache, self.layer_idx, slot)
-            if state is None:
-                return None
-            states.append(state)
-        return step(kernels, norm, module, x, *states)
+            x = x + self.attention(self.attention_norm(x), **seen)
+        return x + self._feed_forward(self.feed_forward_norm(x), marks, states)
 
     def _recur(self, x: Tensor, marks: _Marks, states: Cache | CarriedRow | None) -> Tensor:
         state: Any = read_state(states, self.layer_idx, RECURRENCE)
@@ -185,23 +152,6 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         output, state = self.feed_forward(x, state, **marks)
         write_state(states, self.layer_idx, FEED_FORWARD_SHIFT, state)
         return output
-
-
-def _attend(
-    kernels: ModuleType | None,
-    seen: dict[str, Any],
-    first: Tensor | None,
-    step: DecodingStep,
-    norm: nn.Module,
-    attention: CausalSelfAttention,
-    x: Tensor,
-) -> Tensor:
-    """``x + attention(norm(x))``, its products by kernels where they can."""
-    if kernels is not None:
-        output = step.attend(kernels, norm, attention, x, **seen)
-        if output is not None:
-            return output
-    return x + attention(norm(x), **seen, first=first)
 
 
 class I3PreTrainedModel(PreTrainedModel):
@@ -261,8 +211,13 @@ class I3Model(I3PreTrainedModel):
             I3DecoderLayer(config, index) for index in range(len(config.layer_types or ()))
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self._decoding_step = DecodingStep(_HALVES)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> I3Model:
+        self._decoding_step.forget()
+        return super()._apply(*args, **kwargs)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -340,9 +295,12 @@ class I3Model(I3PreTrainedModel):
             rotation = self.rotary_embedding(
                 position_ids, torch.float64 if exact else torch.float32
             )
-        plain = padding_mask is None and reset is None and carried_row is None
-        kernels = decoding_kernels(hidden_states) if plain else None
-        for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
+        kinds = self.config.layer_types or ()
+        steps: Sequence[LayerStep | None] = [None] * len(kinds)
+        if padding_mask is None and isinstance(past_key_values, I3Cache):
+            masks = [causal_masks.get(kind) for kind in kinds]
+            steps = self._layer_steps(hidden_states, past_key_values, masks, rotation) or steps
+        for layer, kind, step in zip(self.layers, kinds, steps, strict=True):
             hidden_states = layer(
                 hidden_states,
                 causal_mask=causal_masks.get(kind),
@@ -352,13 +310,27 @@ class I3Model(I3PreTrainedModel):
                 first=first.get(kind),
                 reset=reset,
                 carried_row=carried_row,
-                kernels=kernels,
+                step=step,
             )
         if isinstance(past_key_values, I3Cache):
             past_key_values.count_tokens(T)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _layer_steps(
+        self,
+        x: Tensor,
+        cache: I3Cache,
+        masks: list[Tensor | None],
+        rotation: Rotation | None,
+    ) -> list[LayerStep | None] | None:
+        """What computes each layer for one new token by kernels, where they serve it."""
+        kernels = decoding_kernels(x)
+        plan = None if kernels is None else self._decoding_step.plan(self.layers, kernels)
+        if kernels is None or plan is None:
+            return None
+        return layer_steps(kernels, plan, cache, x, masks, rotation)
 
     def _causal_masks(
         self,
@@ -416,7 +388,7 @@ class I3Model(I3PreTrainedModel):
         # On an accelerator the check would stall every step, and the device reports it itself.
         if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
             return
-        low, high = int(input_ids.min()), int(input_ids.max())
+        low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(
                 f"token id {low if low < 0 else high} is outside the vocabulary: ids run from 0 "

@@ -1,8 +1,9 @@
 """A step of decoding on a CPU: the halves of a layer for one new token, each as one kernel.
 
-What a kernel computes is defined by the modules it stands for; they are its reference. The
-implementations of this op differ in who computes a step, not in what it is: ``numba`` gives the
-kernels, ``modules`` gives None, and the caller runs its modules.
+What a kernel computes is defined by the modules it stands for; `reference` has the same as short
+equations, for checks by `i3lm.ops.self_check`. The implementations of this op differ in who
+computes a step, not in what it is: ``numba`` gives the kernels, ``modules`` gives None, and the
+caller runs its modules.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ __all__ = ["DECODING_STEP", "FEW_ROWS", "decoding_kernels"]
 
 
 def _numba() -> ModuleType:
-    from i3lm.ops.decoding_step import numba
+    from i3lm.ops.decoding_step import numba_table
 
-    return numba
+    return numba_table
 
 
 def _modules() -> None:

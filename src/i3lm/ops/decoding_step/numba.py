@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from i3lm.ops.numba_bridge import FAST, compiled, exp, inlined, match_threads, widen
+from i3lm.ops.linear.numba import multiply_rows
+from i3lm.ops.numba_bridge import FAST, compiled, exp, inlined
 from i3lm.ops.wkv.numba import FASTEST, forward_kernel
 
 __all__ = [
-    "attention_input",
-    "attention_output",
+    "attention",
     "channel_mix",
     "feed_forward",
-    "match_threads",
     "state_space",
     "time_mix",
 ]
@@ -37,21 +36,6 @@ _serial: Any = njit(fastmath=FAST, cache=True, error_model="numpy")
 _as_written: Any = njit(fastmath=False, cache=True, error_model="numpy")
 
 
-@_serial
-def _rows(x, weight, scale, bias, output, low, high):
-    # A function of its own: within the parallel loop over a tuple the sum would stay scalar.
-    for n in range(low, high):
-        for r in range(x.shape[0]):
-            total = np.float32(0)
-            for i in range(x.shape[1]):
-                total += widen(weight[n, i]) * x[r, i]
-            if scale.size:
-                total *= scale[n]
-            if bias.size:
-                total += widen(bias[n])
-            output[r, n] = total
-
-
 @compiled()
 def _multiply(inputs, weights, scales, biases, outputs, tasks):
     """Every input times its matrix, the rows of each matrix shared out over the tasks."""
@@ -60,7 +44,7 @@ def _multiply(inputs, weights, scales, biases, outputs, tasks):
             N = weights[m].shape[0]
             share = (N + tasks - 1) // tasks
             low, high = task * share, min((task + 1) * share, N)
-            _rows(inputs[m], weights[m], scales[m], biases[m], outputs[m], low, high)
+            multiply_rows(inputs[m], weights[m], scales[m], biases[m], outputs[m], low, high)
 
 
 @_serial
@@ -161,8 +145,65 @@ def _log_decay(time_decay):
     return decay
 
 
-# From here on the kernels, all of one signature. `vectors` and `states` are tuples in the order in
-# which `i3lm.layers.decoding_step` and the cache keep them.
+@_as_written
+def _add_scaled(total, share, x):
+    for i in range(total.size):
+        total[i] += share * x[i]
+
+
+@_as_written
+def _turned(x, cosine, sine):
+    """Queries or keys (H, D) of one token, turned by the angles of its position."""
+    half = x.shape[1] // 2
+    output = x.copy()
+    for h in range(x.shape[0]):
+        for i in range(half):
+            low, high = x[h, i], x[h, half + i]
+            output[h, i] = low * cosine[i] - high * sine[i]
+            output[h, half + i] = high * cosine[half + i] + low * sine[half + i]
+    return output
+
+
+@_serial
+def _dot(x, y):
+    total = np.float32(0)
+    for i in range(x.size):
+        total += x[i] * y[i]
+    return total
+
+
+@_as_written
+def _softmax(scores):
+    top = scores.max()
+    total = np.float32(0)
+    for s in range(scores.size):
+        scores[s] = exp(scores[s] - top)
+        total += scores[s]
+    for s in range(scores.size):
+        scores[s] /= total
+
+
+@compiled()
+def _attend(query, keys, values, count, mask, output):
+    """One query (R, H, D) over the first `count` keys and values (R, H, room, D)."""
+    R, H, D = query.shape
+    scale = np.float32(1 / np.sqrt(D))
+    for task in prange(R * H):
+        r, h = task // H, task % H
+        scores = np.empty(count, np.float32)
+        for s in range(count):
+            scores[s] = _dot(query[r, h], keys[r, h, s]) * scale
+            if mask.size and not mask[r, s]:
+                scores[s] = -np.inf
+        _softmax(scores)
+        mixed = np.zeros(D, np.float32)
+        for s in range(count):
+            _add_scaled(mixed, scores[s], values[r, h, s])
+        output[r, h] = mixed
+
+
+# The kernels, all of one signature. `vectors` and `states` are tuples in the order in which
+# `i3lm.layers.decoding_step` and the cache keep them.
 
 
 @_serial
@@ -243,12 +284,25 @@ def feed_forward(x, norm, vectors, weights, scales, biases, states, tasks):
 
 
 @_serial
-def attention_input(x, norm, vectors, weights, scales, biases, states, tasks):
-    """``query_key_value(norm(x))`` of an attention."""
-    return _product(_normalised(x, norm), weights[0], scales[0], biases[0], tasks)
+def attention(x, norm, vectors, weights, scales, biases, states, tasks):
+    """``x + CausalSelfAttention(norm(x))``.
 
-
-@_serial
-def attention_output(x, norm, vectors, weights, scales, biases, states, tasks):
-    """``x + output(states[0])`` of an attention, where that is what it has mixed."""
-    return x + _product(states[0], weights[1], scales[1], biases[1], tasks)
+    The states are keys and values, (R, H, room, D), the number of tokens with this one, what it
+    sees, bool (R, count) or empty, and cosines and sines of its position, (2, R, D) or empty.
+    """
+    keys, values, count, mask, rotation = states
+    R, C = x.shape
+    H, D = keys.shape[1], keys.shape[3]
+    projected = _product(_normalised(x, norm), weights[0], scales[0], biases[0], tasks)
+    heads = projected.reshape(R, 3, H, D)
+    query = np.empty((R, H, D), np.float32)
+    for r in range(R):
+        query[r], key = heads[r, 0], heads[r, 1]
+        if rotation.size:
+            query[r] = _turned(heads[r, 0], rotation[0, r], rotation[1, r])
+            key = _turned(heads[r, 1], rotation[0, r], rotation[1, r])
+        keys[r, :, count - 1] = key
+        values[r, :, count - 1] = heads[r, 2]
+    mixed = np.empty((R, H, D), np.float32)
+    _attend(query, keys, values, count, mask, mixed)
+    return x + _product(mixed.reshape(R, C), weights[1], scales[1], biases[1], tasks)

@@ -6,28 +6,35 @@ The matrix is read once, as float32, bfloat16 or int8; all else is float32.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
+from numba import njit, prange
 from torch import Tensor
 
-from i3lm.ops.numba_bridge import as_array, bits_of, compiled, match_threads, widen
+from i3lm.ops.numba_bridge import FAST, as_array, bits_of, compiled, match_threads, widen
+
+
+# A function of its own: within a parallel loop over a tuple of matrices the sum would stay scalar.
+@njit(fastmath=FAST, cache=True, error_model="numpy")
+def multiply_rows(x, weight, scale, bias, output, low, high):
+    """Writes ``x @ weight.T * scale + bias`` for the rows of the matrix from `low` to `high`."""
+    for n in range(low, high):
+        for r in range(x.shape[0]):
+            total = np.float32(0)
+            for i in range(x.shape[1]):
+                total += widen(weight[n, i]) * x[r, i]
+            if scale.size:
+                total *= scale[n]
+            if bias.size:
+                total += widen(bias[n])
+            output[r, n] = total
 
 
 @compiled()
 def _products(x, weight, scale, bias, output, tasks):
-    R, K = x.shape
     N = weight.shape[0]
     share = (N + tasks - 1) // tasks
     for task in prange(tasks):
-        for n in range(task * share, min((task + 1) * share, N)):
-            for r in range(R):
-                total = np.float32(0)
-                for i in range(K):
-                    total += widen(weight[n, i]) * x[r, i]
-                if scale.size:
-                    total *= scale[n]
-                if bias.size:
-                    total += widen(bias[n])
-                output[r, n] = total
+        low, high = task * share, min((task + 1) * share, N)
+        multiply_rows(x, weight, scale, bias, output, low, high)
 
 
 _NOTHING = np.zeros(0, np.float32)
