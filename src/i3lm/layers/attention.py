@@ -63,20 +63,8 @@ class CausalSelfAttention(nn.Module):
             first: Where no mask and no store is given, the earliest token that each token sees,
                 int64, shape (B, T), or None.
         """
-        return self.output(self.attend(self.query_key_value(x), mask, store, rotation, first))
-
-    def attend(
-        self,
-        query_key_value: Tensor,
-        mask: Tensor | None = None,
-        store: KeyValueStore | None = None,
-        rotation: Rotation | None = None,
-        first: Tensor | None = None,
-    ) -> Tensor:
-        """Mixes the values, (B, T, C), from queries, keys and values side by side (B, T, 3 C)."""
-        x = query_key_value
-        B, T, C = x.shape[0], x.shape[1], x.shape[2] // 3
-        heads = x.view(B, T, 3, self.num_attention_heads, -1)
+        B, T, C = x.shape
+        heads = self.query_key_value(x).view(B, T, 3, self.num_attention_heads, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
@@ -89,7 +77,7 @@ class CausalSelfAttention(nn.Module):
             mixed = causal_attention(query, key, value, first=first)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return mixed.transpose(1, 2).reshape(B, T, C)
+        return self.output(mixed.transpose(1, 2).reshape(B, T, C))
 
 
 class RotaryEmbedding(nn.Module):

@@ -11,7 +11,8 @@ import numba
 import numpy as np
 import torch
 from numba import njit, types
-from numba.extending import overload
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 _asked = torch.get_num_threads()
@@ -26,11 +27,23 @@ FAST: set[str] = {"reassoc", "contract", "nsz", "arcp", "afn"}
 compiled: Any = partial(njit, parallel=True, fastmath=FAST, cache=True, error_model="numpy")
 # For loops that write what they compute (benchmarks/NOTES.md, the first trap).
 as_written: Any = partial(njit, parallel=True, fastmath=False, cache=True, error_model="numpy")
+serial: Any = partial(njit, fastmath=FAST, cache=True, error_model="numpy")
 inlined: Any = partial(njit, inline="always", fastmath=FAST, error_model="numpy")
 
 _LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts, so that n * ln 2 is exact where it cancels against x (Cody and Waite).
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+
+
+def _type_pointer(typing_context: Any, address: Any) -> tuple[Any, Any]:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+# Inside a kernel, an address as `numba.carray` takes it, with a shape and a dtype.
+pointer: Any = intrinsic(_type_pointer)
 
 
 def match_threads() -> int:

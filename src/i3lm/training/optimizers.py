@@ -77,6 +77,14 @@ def model_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return parameter_groups(model, weight_decay, head=head)
 
 
+def _loss_of(closure: Callable[[], Tensor] | None) -> Tensor | None:
+    """What the closure that an optimizer's step may be given computes, with gradients."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 def leave_gradients_narrow(model: nn.Module) -> None:
     """Lets gradients of matrices stay in the dtype in which they are computed.
 
@@ -136,10 +144,7 @@ class OnePassAdamW(AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Takes one step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         moved = [
             (p, self._state_of(p), group)
             for group in self.param_groups
@@ -219,10 +224,7 @@ class MuonWithAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Takes one step of both parts."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         for part in self._parts:
             # Loading a state makes new groups and a new state: the parts follow here.
             is_muon = isinstance(part, Muon)

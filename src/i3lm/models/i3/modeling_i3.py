@@ -161,11 +161,11 @@ class I3PreTrainedModel(PreTrainedModel):
     config: I3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["I3DecoderLayer"]  # noqa: RUF012 (transformers' convention)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (likewise)
+    _no_split_modules = ["I3DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     # Decays and bonuses sit in exponents: bfloat16's 8 bits would move them visibly.
-    _keep_in_fp32_modules_strict = ["time_decay", "time_first"]  # noqa: RUF012 (likewise)
-    _can_record_outputs = {"hidden_states": I3DecoderLayer}  # noqa: RUF012 (likewise)
+    _keep_in_fp32_modules_strict = ["time_decay", "time_first"]
+    _can_record_outputs = {"hidden_states": I3DecoderLayer}
     _supports_sdpa = True
     _is_stateful = True
 
@@ -410,7 +410,7 @@ class I3Model(I3PreTrainedModel):
 class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
     """An i3 model with a head that predicts the next token."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (likewise)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: I3Config) -> None:
         super().__init__(config)

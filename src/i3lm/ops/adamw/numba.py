@@ -9,18 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, prange, types
-from numba.core.typing.templates import Signature
-from numba.extending import intrinsic
+from numba import carray, prange
 from torch import Tensor
 
 from i3lm.ops.adamw import AdamWSettings
 from i3lm.ops.adamw.reference import HASH_FACTORS, rounding_key
-from i3lm.ops.numba_bridge import compiled, inlined, match_threads, widen
+from i3lm.ops.numba_bridge import compiled, inlined, match_threads, pointer, widen
 
 # Elements of a task, and of the piece of it whose working array stays in the first cache.
 _TASK, _PIECE = 65536, 1024
@@ -28,35 +25,22 @@ _SIXTEEN, _THIRTEEN, _LOW_HALF = np.uint32(16), np.uint32(13), np.uint32(0xFFFF)
 _FACTORS = tuple(np.uint32(factor) for factor in HASH_FACTORS)
 
 
-def _address_as_pointer(typing_context: Any, address: Any, dtype: Any) -> tuple[Signature, Any]:
-    pointer = types.CPointer(dtype.dtype)
-
-    def generate(context: Any, builder: Any, signature: Signature, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
-
-    return pointer(address, dtype), generate
-
-
-# Inside a kernel, the pointer to numbers of a type at an address.
-_pointer: Any = intrinsic(_address_as_pointer)
-
-
 @inlined()
 def _load(work, row, address, is_narrow, start, stop):
     """Copies numbers from an address, float32 or the bits of bfloat16, into a row."""
     if is_narrow:
-        bits = carray(_pointer(address, np.uint16), stop)[start:stop]
+        bits = carray(pointer(address), stop, np.uint16)[start:stop]
         for i in range(bits.shape[0]):
             work[row, i] = widen(bits[i])
     else:
-        numbers = carray(_pointer(address, np.float32), stop)[start:stop]
+        numbers = carray(pointer(address), stop, np.float32)[start:stop]
         for i in range(numbers.shape[0]):
             work[row, i] = numbers[i]
 
 
 @inlined()
 def _store(address, work, row, start, stop):
-    numbers = carray(_pointer(address, np.float32), stop)[start:stop]
+    numbers = carray(pointer(address), stop, np.float32)[start:stop]
     for i in range(numbers.shape[0]):
         numbers[i] = work[row, i]
 
@@ -64,7 +48,7 @@ def _store(address, work, row, start, stop):
 @inlined()
 def _round_up_or_down(row, random, address, start, stop):
     """Writes a row as the bits of bfloat16, rounded by the low half of random numbers."""
-    bits = carray(_pointer(address, np.uint16), stop)[start:stop]
+    bits = carray(pointer(address), stop, np.uint16)[start:stop]
     for i in range(bits.shape[0]):
         whole = np.float32(row[i]).view(np.uint32)
         bits[i] = np.uint16((whole + (random[i] & _LOW_HALF)) >> _SIXTEEN)
@@ -185,10 +169,11 @@ def adamw_step_numba(
         *((p, torch.float32) for p in parameters),
         *((x, kind) for x in (*averages, *squares)),
     ):
-        if tensor.dtype != dtype or not tensor.is_contiguous():
+        # The kernel follows addresses.
+        if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
-                f"a tensor of shape {tuple(tensor.shape)} must be contiguous {dtype}, not "
-                f"{tensor.dtype} with strides {tensor.stride()}"
+                f"a tensor of shape {tuple(tensor.shape)} must be contiguous {dtype} on the CPU, "
+                f"not {tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
             )
     match_threads()
     read, narrow = _readable(gradients)

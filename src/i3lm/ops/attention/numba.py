@@ -12,7 +12,6 @@ from torch import Tensor
 
 from i3lm.ops.numba_bridge import (
     as_arrays,
-    bits_of,
     compiled,
     exp,
     inlined,
@@ -74,6 +73,6 @@ def softmax_numba(
     scores: Tensor, first: Tensor | None, heads: int, before: int, scale: float
 ) -> Tensor:
     """Computes `softmax_torch` of contiguous bfloat16 on the CPU, in place of the scores."""
-    arrays = as_arrays(bits_of(scores), first)
+    arrays = as_arrays(scores, first)
     _softmax(*arrays, heads, before, np.float32(scale), match_threads())
     return scores

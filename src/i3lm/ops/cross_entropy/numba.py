@@ -15,7 +15,6 @@ from torch import Tensor
 from i3lm.ops.dispatch import accumulation_dtype
 from i3lm.ops.numba_bridge import (
     as_arrays,
-    bits_of,
     compiled,
     exp,
     match_threads,
@@ -85,7 +84,7 @@ def softmax_loss_numba(
     offset = logits.new_empty(0, dtype=precise) if bias is None else bias
     columns = 0 if grad_bias is None else V
     bias_sums = logits.new_zeros(tasks, columns, dtype=precise)
-    _rows(*as_arrays(bits_of(logits), offset, labels, scale, losses, bias_sums), wants_grad)
+    _rows(*as_arrays(logits, offset, labels, scale, losses, bias_sums), wants_grad)
     if grad_bias is not None:
         grad_bias += bias_sums.sum(dim=0)
     return (losses,)

@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit, prange
 
 from i3lm.ops.linear.numba import multiply_rows
-from i3lm.ops.numba_bridge import FAST, compiled, exp, inlined
+from i3lm.ops.numba_bridge import compiled, exp, inlined, serial
 from i3lm.ops.wkv.numba import FASTEST, forward_kernel
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 _NO_MARKS = np.zeros((0, 0), np.bool_)
-_serial: Any = njit(fastmath=FAST, cache=True, error_model="numpy")
 # For loops that write what they compute. The compiler makes two forms of such a loop, and how near
 # its arrays lie decides which one runs: only as written are both bitwise the same. Not saying so is
 # not enough: a function called takes over the freedom of its caller.
@@ -47,7 +46,7 @@ def _multiply(inputs, weights, scales, biases, outputs, tasks):
             multiply_rows(inputs[m], weights[m], scales[m], biases[m], outputs[m], low, high)
 
 
-@_serial
+@serial()
 def _product(x, weight, scale, bias, tasks):
     output = np.empty((x.shape[0], weight.shape[0]), np.float32)
     _multiply((x,), (weight,), (scale,), (bias,), (output,), tasks)
@@ -164,7 +163,7 @@ def _turned(x, cosine, sine):
     return output
 
 
-@_serial
+@serial()
 def _dot(x, y):
     total = np.float32(0)
     for i in range(x.size):
@@ -206,7 +205,7 @@ def _attend(query, keys, values, count, mask, output):
 # `i3lm.layers.decoding_step` and the cache keep them.
 
 
-@_serial
+@serial()
 def time_mix(x, norm, vectors, weights, scales, biases, states, tasks):
     """``x + TimeMix(norm(x))``."""
     time_decay, time_first, mix_key, mix_value, mix_receptance = vectors
@@ -230,7 +229,7 @@ def time_mix(x, norm, vectors, weights, scales, biases, states, tasks):
     return x + _product(gated, weights[3], scales[3], biases[3], tasks)
 
 
-@_serial
+@serial()
 def channel_mix(x, norm, vectors, weights, scales, biases, states, tasks):
     """``x + ChannelMix(norm(x))``."""
     mix_key, mix_receptance = vectors
@@ -248,7 +247,7 @@ def channel_mix(x, norm, vectors, weights, scales, biases, states, tasks):
     return x + values
 
 
-@_serial
+@serial()
 def state_space(x, norm, vectors, weights, scales, biases, states, tasks):
     """``x + HybridMixer(norm(x))``; small, and therefore serial."""
     mix, A, B, C, D = vectors
@@ -275,7 +274,7 @@ def state_space(x, norm, vectors, weights, scales, biases, states, tasks):
     return output
 
 
-@_serial
+@serial()
 def feed_forward(x, norm, vectors, weights, scales, biases, states, tasks):
     """``x + FeedForward(norm(x))``."""
     middle = _product(_normalised(x, norm), weights[0], scales[0], biases[0], tasks)
@@ -283,7 +282,7 @@ def feed_forward(x, norm, vectors, weights, scales, biases, states, tasks):
     return x + _product(middle, weights[1], scales[1], biases[1], tasks)
 
 
-@_serial
+@serial()
 def attention(x, norm, vectors, weights, scales, biases, states, tasks):
     """``x + CausalSelfAttention(norm(x))``.
 

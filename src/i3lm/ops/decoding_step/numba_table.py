@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray
 from torch import Tensor
 
 from i3lm.ops.decoding_step import numba as halves
 from i3lm.ops.decoding_step.reference import EPSILON
-from i3lm.ops.numba_bridge import FAST, as_array, bits_of, match_threads
+from i3lm.ops.numba_bridge import as_array, bits_of, match_threads, pointer, serial
 
 __all__ = ["KERNELS", "address_of", "empty_array", "half", "match_threads", "record_of", "table_of"]
 
@@ -40,46 +38,34 @@ _STEP = np.dtype(
     ]
 )
 
-_serial: Any = njit(fastmath=FAST, cache=True, error_model="numpy")
 
-
-def _type_pointer(context, address):
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
-
-
-_pointer: Any = intrinsic(_type_pointer)  # the address as `carray` takes it
-
-
-@_serial
+@serial()
 def _floats(address, shape):
-    return carray(_pointer(address), shape, np.float32)
+    return carray(pointer(address), shape, np.float32)
 
 
-@_serial
+@serial()
 def _record(address):
-    return carray(_pointer(address), (1,), _STEP)[0]
+    return carray(pointer(address), (1,), _STEP)[0]
 
 
-@_serial
+@serial()
 def _norm(step, C):
     return _floats(step.norm[0], (C,)), _floats(step.norm[1], (C,)), step.epsilon
 
 
-@_serial
+@serial()
 def _map(step, m, N, K, like):
     """A matrix, its scale and its bias, the last two perhaps empty."""
     scale, bias = step.scales[m], step.biases[m]
     return (
-        carray(_pointer(step.weights[m]), (N, K), like.dtype),
+        carray(pointer(step.weights[m]), (N, K), like.dtype),
         _floats(scale, (N if scale else 0,)),
         _floats(bias, (N if bias else 0,)),
     )
 
 
-@_serial
+@serial()
 def _time_mix(R, C, x, step, like, tasks):
     x, step = _floats(x, (R, C)), _record(step)
     at = step.vectors
@@ -98,7 +84,7 @@ def _time_mix(R, C, x, step, like, tasks):
     x[:] = halves.time_mix(x, _norm(step, C), vectors, weights, scales, biases, states, tasks)
 
 
-@_serial
+@serial()
 def _channel_mix(R, C, x, step, like, tasks):
     x, step = _floats(x, (R, C)), _record(step)
     F = step.width
@@ -109,7 +95,7 @@ def _channel_mix(R, C, x, step, like, tasks):
     x[:] = halves.channel_mix(x, _norm(step, C), vectors, weights, scales, biases, states, tasks)
 
 
-@_serial
+@serial()
 def _state_space(R, C, x, step, like, tasks):
     x, step = _floats(x, (R, C)), _record(step)
     N = step.width
@@ -125,7 +111,7 @@ def _state_space(R, C, x, step, like, tasks):
     x[:] = halves.state_space(x, _norm(step, C), vectors, (), (), (), states, tasks)
 
 
-@_serial
+@serial()
 def _feed_forward(R, C, x, step, like, tasks):
     x, step = _floats(x, (R, C)), _record(step)
     F = step.width
@@ -134,13 +120,13 @@ def _feed_forward(R, C, x, step, like, tasks):
     x[:] = halves.feed_forward(x, _norm(step, C), (), weights, scales, biases, (), tasks)
 
 
-@_serial
+@serial()
 def _attention(R, C, x, step, like, tasks):
     x, step = _floats(x, (R, C)), _record(step)
     H, count = step.width, step.count
     shape = (R, H, step.room, C // H)
     keys, values = _floats(step.states[0], shape), _floats(step.states[1], shape)
-    seen = carray(_pointer(step.states[2]), (R if step.states[2] else 0, count), np.bool_)
+    seen = carray(pointer(step.states[2]), (R if step.states[2] else 0, count), np.bool_)
     heads, o = _map(step, 0, 3 * C, C, like), _map(step, 1, C, C, like)
     weights, scales, biases = (heads[0], o[0]), (heads[1], o[1]), (heads[2], o[2])
     turned = (2, R if step.states[3] else 0, C // H)

@@ -6,14 +6,14 @@ The matrix is read once, as float32, bfloat16 or int8; all else is float32.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
-from i3lm.ops.numba_bridge import FAST, as_array, bits_of, compiled, match_threads, widen
+from i3lm.ops.numba_bridge import as_array, bits_of, compiled, match_threads, serial, widen
 
 
 # A function of its own: within a parallel loop over a tuple of matrices the sum would stay scalar.
-@njit(fastmath=FAST, cache=True, error_model="numpy")
+@serial()
 def multiply_rows(x, weight, scale, bias, output, low, high):
     """Writes ``x @ weight.T * scale + bias`` for the rows of the matrix from `low` to `high`."""
     for n in range(low, high):
