@@ -35,7 +35,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 PLAIN = {"torch", "i3lm.ops", "i3lm.layers"}
 SPECIAL = {
     "numba": {"numba", "numpy"},
-    "numba_bridge": {"numba", "numpy"},
+    "numba_bridge": {"llvmlite", "numba", "numpy"},
     "numba_table": {"numba", "numpy"},
     "triton": {"triton"},
     "triton_bridge": {"triton"},

@@ -16,7 +16,7 @@ from i3lm.inference.sessions import cache_states
 from i3lm.layers import Linear
 from i3lm.models.i3 import I3Cache, I3ForCausalLM
 from i3lm.models.i3.cache_i3 import CarriedState
-from i3lm.models.i3.decoding_i3 import _Token
+from i3lm.models.i3.decoding_i3 import TokenByKernels
 from i3lm.ops.decoding_step import DECODING_STEP, FEW_ROWS, decoding_kernels
 from i3lm.ops.dispatch import use_implementation
 from tests.models.tiny_i3 import KINDS, UNLIMITED, draw_ids, make_model
@@ -34,13 +34,13 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that have run, by name."""
     calls: list[str] = []
-    run = _Token.__call__
+    run = TokenByKernels.run
 
-    def noted(self, halves, x):
-        calls.extend(half.name for half in halves)
-        return run(self, halves, x)
+    def noted(self, stretch, x):
+        calls.extend(self.plan.halves[number].kernel for number in stretch.halves)
+        return run(self, stretch, x)
 
-    monkeypatch.setattr(_Token, "__call__", noted)
+    monkeypatch.setattr(TokenByKernels, "run", noted)
     return calls
 
 
@@ -273,6 +273,68 @@ def test_a_layer_whose_forward_pass_is_replaced_is_called_as_it_is(fused: list[s
     assert fused.count("time_mix") == 2  # of the other layer, for each token
 
 
+def test_a_hook_on_a_layer_is_told_what_the_kernels_computed(fused: list[str]):
+    model = make_model("rwkv4")
+    seen: list[Tensor] = []
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    check_equal(model, draw_ids(1, 6))
+    told, expected = seen[1:3], seen[3:]  # after the prompt
+    torch.testing.assert_close(told, expected, **CLOSE)
+    assert fused.count("time_mix") == 2 * 2
+
+
+def _reorder(cache: I3Cache) -> None:
+    cache.reorder_cache(torch.tensor([1, 0]))
+
+
+def _put_another_state(cache: I3Cache) -> None:
+    states = cache.layers[0].recurrent_states
+    states[0] = torch.rand_like(states[0])
+
+
+def _change_in_place(cache: I3Cache) -> None:
+    cache.layers[0].recurrent_states[0].mul_(2)
+
+
+def _forget_everything(cache: I3Cache) -> None:
+    cache.reset()
+
+
+@pytest.mark.parametrize("kind", ["rope", "state_space"])
+@pytest.mark.parametrize(
+    "change", [_reorder, _put_another_state, _change_in_place, _forget_everything]
+)
+def test_what_happens_to_a_cache_counts_at_the_next_token(
+    kind: str, change: Callable[[I3Cache], None]
+):
+    model, ids = make_model(kind), draw_ids(2, 8)
+    cache = read(model, ids[:, :4])
+    decode(model, ids[:, 4:6], cache)
+    other = copy.deepcopy(cache)
+    torch.manual_seed(0)
+    change(cache)
+    torch.manual_seed(0)
+    change(other)
+    logits = decode(model, ids[:, 6:], cache)
+    with modules_alone():
+        torch.testing.assert_close(logits, decode(model, ids[:, 6:], other), **CLOSE)
+    torch.testing.assert_close(cache_states(cache), cache_states(other), **CLOSE)
+
+
+@every_kind
+def test_texts_take_turns(kind: str):
+    model, texts = make_model(kind), [draw_ids(1, 12), draw_ids(1, 12).flip(1), draw_ids(2, 12)]
+    caches = [read(model, ids[:, :4]) for ids in texts]
+    pieces = [
+        [decode(model, ids[:, t : t + 1], cache) for t in range(4, 12)]
+        for ids, cache in zip(texts, copy.deepcopy(caches), strict=True)
+    ]
+    for t in range(4, 12):
+        for ids, cache, alone in zip(texts, caches, pieces, strict=True):
+            logits = decode(model, ids[:, t : t + 1], cache)
+            torch.testing.assert_close(logits, alone[t - 4], rtol=0, atol=0)
+
+
 def test_hidden_states_are_recorded():
     model = make_model("rope")
     cache = read(model, draw_ids(1, 4))
@@ -324,7 +386,7 @@ def test_gradients_padding_autocast_and_doubles_take_the_modules(fused: list[str
 @torch.no_grad()
 def test_packed_rows_and_carried_states_take_the_modules(fused: list[str]):
     model, one = make_model("state_space"), draw_ids(1, 1)
-    model(one)
+    decode(model, one, read(model, draw_ids(1, 4)))
     assert "feed_forward" in fused
     fused.clear()
     model(one, reset=torch.ones(1, 1, dtype=torch.bool))

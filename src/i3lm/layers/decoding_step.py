@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,6 @@ _PARTS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 # What takes the place of one module's forward pass, as offloading and compilers do.
 _REPLACEMENTS = ("forward", "_compiled_call_impl")
-# A layer for one new token: from (B, 1, C) to (B, 1, C), its states replaced.
-LayerStep = Callable[[Tensor], Tensor]
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
@@ -50,18 +49,29 @@ class Half:
     """``x + module(norm(x))`` by one kernel.
 
     Attributes:
-        name: The kernel's name.
-        kernel: The kernel.
+        kernel: The kernel's name.
         module: What stands behind the norm.
-        number: Of its record in the plan's table.
-        like: An empty array of the dtype of its matrices.
+        layer: The number of its layer.
     """
 
-    name: str
-    kernel: Callable[..., None]
+    kernel: str
     module: nn.Module
-    number: int
-    like: Any
+    layer: int
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Layers that follow each other and are computed alike.
+
+    Attributes:
+        layers: Their numbers.
+        halves: The numbers of their halves in the plan; None where modules must be called.
+        is_watched: Whether hooks want to know of the only layer's inputs and outputs.
+    """
+
+    layers: range
+    halves: range | None
+    is_watched: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,12 +79,16 @@ class Plan:
     """What kernels compute a model's layers from.
 
     Attributes:
-        halves: Those of every layer; none where the modules must be called.
-        table: Where the parameters of all halves lie, records as the kernels take them.
+        halves: What has a kernel, in order.
+        records: Where the parameters of each lie, as the kernels take them.
+        stretches: All layers.
+        prepared: What a caller has prepared for the states in a cache.
     """
 
-    halves: tuple[tuple[Half, ...], ...]
-    table: Any
+    halves: tuple[Half, ...]
+    records: list[Any]
+    stretches: tuple[Stretch, ...]
+    prepared: WeakKeyDictionary[Any, Any] = field(default_factory=WeakKeyDictionary)
 
 
 class DecodingStep:
@@ -158,8 +172,9 @@ class _Watch:
         self.modules.append(module)
         self.types.append(type(module))
         for home in (module._parameters, module._modules):
-            self.homes.append(home)
-            self.things += home.values()
+            if home:  # a module that uses what is put into an empty one is of another type
+                self.homes.append(home)
+                self.things += home.values()
         for other in (module._forward_hooks, module._forward_pre_hooks, module.__dict__):
             self.others.append(other)
             self.sizes.append(len(other))
@@ -175,19 +190,34 @@ class _Watch:
 def _look_up(
     layers: nn.ModuleList, names: Sequence[tuple[str, str]], kernels: ModuleType, watch: _Watch
 ) -> Plan:
-    halves: list[tuple[Half, ...]] = []
+    halves: list[Half] = []
     records: list[Any] = []
-    for layer in layers:
+    stretches: list[Stretch] = []
+    for number, layer in enumerate(layers):
         present = [pair for pair in names if hasattr(layer, pair[1])]
         watch.add(layer)
         parts = [_Part(getattr(layer, norm), getattr(layer, module)) for norm, module in present]
         for part in parts:
             part.watch_with(watch)
-        whole = not _is_replaced(layer) and all(part.is_served() for part in parts)
-        served = parts if whole else []
-        halves.append(tuple(part.half(kernels, len(records) + i) for i, part in enumerate(served)))
-        records += [part.record(kernels) for part in served]
-    return Plan(tuple(halves), kernels.table_of(records))
+        served = not _is_replaced(layer) and all(part.is_served() for part in parts)
+        first = len(halves)
+        if served:
+            halves += [Half(part.kernel, part.module, number) for part in parts]
+            records += [part.record(kernels) for part in parts]
+        here = range(number, number + 1)
+        new = range(first, len(halves)) if served else None
+        _append(stretches, Stretch(here, new, served and _is_intercepted(layer)))
+    return Plan(tuple(halves), records, tuple(stretches))
+
+
+def _append(stretches: list[Stretch], new: Stretch) -> None:
+    """Appends a stretch, to the last one where the two can be computed as one."""
+    last = stretches[-1] if stretches else None
+    if last and last.halves and new.halves and not (last.is_watched or new.is_watched):
+        layers = range(last.layers.start, new.layers.stop)
+        stretches[-1] = Stretch(layers, range(last.halves.start, new.halves.stop))
+    else:
+        stretches.append(new)
 
 
 class _Part:
@@ -228,14 +258,10 @@ class _Part:
             and all(map(_is_plain, [*self.weights, *small]))
         )
 
-    def half(self, kernels: ModuleType, number: int) -> Half:
-        dtype = self.weights[0].dtype if self.weights else torch.float32
-        kernel = kernels.KERNELS[self.kernel]
-        return Half(self.kernel, kernel, self.module, number, kernels.empty_array(dtype))
-
     def record(self, kernels: ModuleType) -> Any:
         """Where the half's parameters lie."""
         return kernels.record_of(
+            self.kernel,
             epsilon=self.norm.eps,
             width=self._width(),
             norm=[self.norm.weight, self.norm.bias],

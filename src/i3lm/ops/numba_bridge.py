@@ -10,7 +10,8 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import njit, types
+from llvmlite import ir
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
@@ -44,6 +45,45 @@ def _type_pointer(typing_context: Any, address: Any) -> tuple[Any, Any]:
 
 # Inside a kernel, an address as `numba.carray` takes it, with a shape and a dtype.
 pointer: Any = intrinsic(_type_pointer)
+
+
+def _type_call(typing_context: Any, function: Any, *arguments: Any) -> tuple[Any, Any]:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        integer = ir.IntType(64)
+        form = ir.FunctionType(integer, [integer] * len(arguments)).as_pointer()
+        return builder.call(
+            builder.inttoptr(values[0], form), cgutils.unpack_tuple(builder, values[1])
+        )
+
+    return types.int64(types.int64, types.StarArgTuple.from_types(arguments)), generate
+
+
+# Inside a kernel, `call(address, *arguments)` of what `address_of` gives, all int64. What is called
+# is not compiled once more with the function that calls it, as all others are.
+call: Any = intrinsic(_type_call)
+
+
+@cache
+def address_of(function: Any) -> int:
+    """Compiles a plain function from int64 numbers to an int64 number; gives its address.
+
+    An exception in it is printed and does not reach the caller, to whom it is the number 0: let it
+    give another one.
+    """
+    count = function.__code__.co_argcount
+    signature = types.int64(*[types.int64] * count)
+    compiled_function = numba.cfunc(signature, cache=True)(function)
+    _functions.append(compiled_function)  # else its code would be freed
+    return int(compiled_function.address)
+
+
+_functions: list[Any] = []
+
+
+@njit(cache=True)
+def floats(address, shape):
+    """Inside a kernel, the float32 array of a shape at an address."""
+    return carray(pointer(address), shape, np.float32)
 
 
 def match_threads() -> int:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from itertools import chain
+from operator import is_
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from i3lm.layers import CausalSelfAttention, ChannelMix, HybridMixer, TimeMix
 from i3lm.layers.attention import Rotation
-from i3lm.layers.decoding_step import Half, LayerStep, Plan
+from i3lm.layers.decoding_step import Plan, Stretch
 from i3lm.models.i3.cache_i3 import (
     FEED_FORWARD_SHIFT,
     MIXER_SHIFT,
     RECURRENCE,
     GrowingKeys,
     I3Cache,
-    read_state,
 )
 
 # Where the states of a recurrent module lie in the cache, in the order of its kernel.
@@ -29,17 +30,17 @@ _SLOTS: dict[type[nn.Module], tuple[int, ...]] = {
 }
 
 
-def layer_steps(
+def begin_token(
     kernels: ModuleType,
     plan: Plan,
     cache: I3Cache,
     x: Tensor,
     masks: Sequence[Tensor | None],
     rotation: Rotation | None,
-) -> list[LayerStep | None]:
-    """Gives what computes each layer for one new token of every sequence.
+) -> TokenByKernels | None:
+    """Gives what computes layers for one new token of every sequence.
 
-    It replaces the layer's states in the cache, whose keys and values are one longer from now on.
+    From then on, their keys and values in the cache are one longer.
 
     Args:
         kernels: What `i3lm.ops.decoding_step.decoding_kernels` gives.
@@ -50,94 +51,117 @@ def layer_steps(
         rotation: What `RotaryEmbedding` gives for the token's positions, or None.
 
     Returns:
-        A function from (B, 1, C) to (B, 1, C) for each layer; None where its modules must be
-        called, which bring its states up to date themselves.
+        None where the kernels cannot work on what the cache keeps.
     """
-    token = _Token(kernels, plan, cache, x, rotation)
-    steps: list[LayerStep | None] = []
-    for layer, (halves, mask) in enumerate(zip(plan.halves, masks, strict=True)):
-        states = [token.find_states(layer, half, mask) for half in halves]
-        served = bool(halves) and all(found is not None for found in states)
-        if served:
-            for half, found in zip(halves, states, strict=True):
-                token.note_states(layer, half, found or [], mask)
-        steps.append(partial(token, halves) if served else None)
-    token.complete_table()
-    return steps
+    token: TokenByKernels | None = plan.prepared.get(cache)
+    if token is None or not token.continues(cache, x):
+        token = plan.prepared[cache] = TokenByKernels(kernels, plan, cache, x)
+    return token if token.find_keys(cache, x, masks, rotation) else None
 
 
-class _Token:
-    """The table of a plan with the states of one token, and what runs on it."""
+class TokenByKernels:
+    """The table of a plan with the places of the states in one cache.
 
-    def __init__(
+    Recurrent states stay where they are from token to token, and keys and values move rarely.
+
+    Args:
+        kernels: As for `begin_token`, like the others.
+        plan: What the kernels compute the layers from.
+        cache: The states of the tokens before.
+        x: The inputs of the first layer, shape (B, 1, C).
+    """
+
+    def __init__(self, kernels: ModuleType, plan: Plan, cache: I3Cache, x: Tensor) -> None:
+        self.plan, self._shape = plan, x.shape
+        self._table = kernels.Table(plan.records, x.shape[0], x.shape[-1])
+        self._recurrent = sorted({h.layer for h in plan.halves if type(h.module) in _SLOTS})
+        self._states, self._flags = self._recurrent_states(cache)
+        # The number, the layer and the heads of every attention.
+        self._attentions = [
+            (number, half.layer, half.module.num_attention_heads)
+            for number, half in enumerate(plan.halves)
+            if isinstance(half.module, CausalSelfAttention)
+        ]
+        self._attention_numbers = [number for number, _, _ in self._attentions]
+        self._kept: list[Tensor | None] = []  # the table says where these lie
+        self._serves = True
+        addresses = self._table.records["states"]
+        for number, half in enumerate(plan.halves):
+            for place, slot in enumerate(_SLOTS.get(type(half.module), ())):
+                layer = cache.layers[half.layer]
+                state = layer.recurrent_states[slot] if layer.has_previous_state[slot] else None
+                if state is None or not self._can_replace(state):
+                    self._serves = False
+                else:
+                    addresses[number, place] = state.data_ptr()
+
+    def continues(self, cache: I3Cache, x: Tensor) -> bool:
+        """Whether recurrent states and rows are those that this was made for."""
+        states, flags = self._recurrent_states(cache)
+        return (
+            x.shape == self._shape and flags == self._flags and all(map(is_, states, self._states))
+        )
+
+    def find_keys(
         self,
-        kernels: ModuleType,
-        plan: Plan,
         cache: I3Cache,
         x: Tensor,
+        masks: Sequence[Tensor | None],
         rotation: Rotation | None,
-    ) -> None:
-        self.cache, self.x, self.tasks = cache, x, kernels.match_threads()
-        self.table = plan.table.copy()
-        self.table_address = kernels.address_of(self.table)
-        self.states: list[list[int]] = [[0] * 4] * len(self.table)
-        self.kept: list[Tensor | None] = []  # the table says where these lie
-        self.rotation: Tensor | None = None
+    ) -> bool:
+        """Makes room for the token's keys and values, and notes where all of them lie.
+
+        Returns:
+            Whether the kernels can be run; if not, nothing has changed.
+        """
+        growing: list[tuple[GrowingKeys, Tensor]] = []
+        for _, layer, heads in self._attentions:
+            keys, like, mask = cache.layers[layer], x.view(len(x), heads, 1, -1), masks[layer]
+            visible = mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1))
+            if not (isinstance(keys, GrowingKeys) and keys.grows_in_place(like, like) and visible):
+                return False
+            growing.append((keys, like))
+        if not self._serves or not growing:
+            return self._serves
+        turned = None
         if rotation is not None:  # (B or 1, 1, 1, D) each
             angles = torch.stack(rotation).flatten(2)
-            self.rotation = angles.expand(2, x.shape[0], -1).contiguous()
+            turned = angles.expand(2, len(x), -1).contiguous()
+        self._kept = [turned]
+        addresses, counts, rooms = [], [], []
+        for (_, layer, _), (room, like) in zip(self._attentions, growing, strict=True):
+            keys, values = room.extend(like)
+            S, mask = keys.shape[2], masks[layer]
+            seen = None if mask is None else mask.view(-1, S).expand(len(x), S).contiguous()
+            lying = (keys, values, seen, turned)
+            self._kept += lying
+            addresses.append([0 if tensor is None else tensor.data_ptr() for tensor in lying])
+            counts.append(S)
+            rooms.append(keys.stride(1) // keys.shape[3])
+        records, numbers = self._table.records, self._attention_numbers
+        # At once: an entry alone costs as much as all.
+        records["states"][numbers], records["count"][numbers] = addresses, counts
+        records["room"][numbers] = rooms
+        return True
 
-    def __call__(self, halves: Sequence[Half], x: Tensor) -> Tensor:
+    def run(self, stretch: Stretch, x: Tensor) -> Tensor:
+        """Gives the outputs (B, 1, C) of a stretch of layers, and replaces its states."""
+        assert stretch.halves is not None
         output = x.clone(memory_format=torch.contiguous_format)
-        B, _, C = x.shape
-        for half in halves:
-            record = self.table_address + half.number * self.table.itemsize
-            half.kernel(B, C, output.data_ptr(), record, half.like, self.tasks)
+        self._table.run(output, stretch.halves.start, len(stretch.halves))
         return output
 
-    def find_states(
-        self, layer: int, half: Half, mask: Tensor | None
-    ) -> list[Tensor | None] | None:
-        """The recurrent states of a half; None where its kernel cannot work with the cache."""
-        if isinstance(half.module, CausalSelfAttention):
-            keys, like = self.cache.layers[layer], self._heads(half.module)
-            seen = mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1))
-            fits = isinstance(keys, GrowingKeys) and keys.grows_in_place(like, like)
-            return [] if seen and fits else None
-        states: list[Tensor | None] = []
-        for slot in _SLOTS.get(type(half.module), ()):
-            state = read_state(self.cache, layer, slot)
-            if (
-                state is None
-                or state.dtype != torch.float32
-                or state.device.type != "cpu"
-                or not state.is_contiguous()
-                or len(state) != len(self.x)
-            ):
-                return None
-            states.append(state)
-        return states
+    def _recurrent_states(self, cache: I3Cache) -> tuple[list[Any], list[Any]]:
+        """The states in all slots, and whether they are of tokens that were seen."""
+        layers: list[Any] = [cache.layers[layer] for layer in self._recurrent]
+        states = chain.from_iterable(layer.recurrent_states.values() for layer in layers)
+        flags = chain.from_iterable(layer.has_previous_state.values() for layer in layers)
+        return list(states), list(flags)
 
-    def note_states(
-        self, layer: int, half: Half, states: list[Tensor | None], mask: Tensor | None
-    ) -> None:
-        """Notes where states lie, and for an attention makes room for one key and value more."""
-        if isinstance(half.module, CausalSelfAttention):
-            keys, values = self.cache.layers[layer].extend(self._heads(half.module))
-            B, _, S, D = keys.shape
-            self.table["count"][half.number] = S
-            self.table["room"][half.number] = keys.stride(1) // D
-            seen = None if mask is None else mask.view(-1, S).expand(B, S).contiguous()
-            states = [keys, values, seen, self.rotation]
-        self.kept += states
-        addresses = [0 if state is None else state.data_ptr() for state in states]
-        self.states[half.number] = addresses + [0] * (4 - len(addresses))
-
-    def complete_table(self) -> None:
-        """Enters what was noted: at once, since an entry alone costs as much as all."""
-        if self.states:
-            self.table["states"] = self.states
-
-    def _heads(self, attention: CausalSelfAttention) -> Tensor:
-        """As many numbers as a token has, in the form of its key: (B, H, 1, D)."""
-        return self.x.view(len(self.x), attention.num_attention_heads, 1, -1)
+    def _can_replace(self, state: Tensor) -> bool:
+        return (
+            state.dtype == torch.float32
+            and state.device.type == "cpu"
+            and state.is_contiguous()
+            and len(state) == self._shape[0]
+        )

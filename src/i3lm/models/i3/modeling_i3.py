@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from i3lm.layers import (
     parameter_groups,
 )
 from i3lm.layers.attention import Rotation
-from i3lm.layers.decoding_step import DecodingStep, LayerStep
+from i3lm.layers.decoding_step import DecodingStep, Stretch
 from i3lm.layers.time_mix import TimeMixState
 from i3lm.models.i3.cache_i3 import (
     FEED_FORWARD_SHIFT,
@@ -45,7 +45,7 @@ from i3lm.models.i3.cache_i3 import (
     write_state,
 )
 from i3lm.models.i3.configuration_i3 import I3Config
-from i3lm.models.i3.decoding_i3 import layer_steps
+from i3lm.models.i3.decoding_i3 import TokenByKernels, begin_token
 from i3lm.models.i3.generation_i3 import I3GenerationMixin
 from i3lm.models.i3.initialization_i3 import initialize_original, initialize_rwkv
 from i3lm.models.i3.packing_i3 import (
@@ -55,7 +55,7 @@ from i3lm.models.i3.packing_i3 import (
     first_seen,
 )
 from i3lm.ops import linear, linear_cross_entropy
-from i3lm.ops.decoding_step import decoding_kernels
+from i3lm.ops.decoding_step import FEW_ROWS, decoding_kernels
 
 # Norm and module of each half of a layer; `attention` is in hybrid layers alone.
 _HALVES = (
@@ -106,7 +106,7 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         first: Tensor | None = None,
         reset: Tensor | None = None,
         carried_row: CarriedRow | None = None,
-        step: LayerStep | None = None,
+        step: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Maps (B, T, C) to (B, T, C), reading and writing its states; by `step` if one is given.
 
@@ -295,42 +295,50 @@ class I3Model(I3PreTrainedModel):
             rotation = self.rotary_embedding(
                 position_ids, torch.float64 if exact else torch.float32
             )
-        kinds = self.config.layer_types or ()
-        steps: Sequence[LayerStep | None] = [None] * len(kinds)
+        kinds, token = self.config.layer_types or (), None
+        stretches: Sequence[Stretch] = [Stretch(range(len(kinds)), None)]
         if padding_mask is None and isinstance(past_key_values, I3Cache):
             masks = [causal_masks.get(kind) for kind in kinds]
-            steps = self._layer_steps(hidden_states, past_key_values, masks, rotation) or steps
-        for layer, kind, step in zip(self.layers, kinds, steps, strict=True):
-            hidden_states = layer(
-                hidden_states,
-                causal_mask=causal_masks.get(kind),
-                padding_mask=padding_mask,
-                past_key_values=past_key_values,
-                rotation=rotation,
-                first=first.get(kind),
-                reset=reset,
-                carried_row=carried_row,
-                step=step,
-            )
+            token = self._by_kernels(hidden_states, past_key_values, masks, rotation)
+            stretches = stretches if token is None else token.plan.stretches
+        for stretch in stretches:
+            by_kernels = None
+            if token is not None and stretch.halves is not None:
+                by_kernels = partial(token.run, stretch)
+                if not stretch.is_watched:
+                    hidden_states = by_kernels(hidden_states)
+                    continue
+            for layer in stretch.layers:
+                hidden_states = self.layers[layer](
+                    hidden_states,
+                    causal_mask=causal_masks.get(kinds[layer]),
+                    padding_mask=padding_mask,
+                    past_key_values=past_key_values,
+                    rotation=rotation,
+                    first=first.get(kinds[layer]),
+                    reset=reset,
+                    carried_row=carried_row,
+                    step=by_kernels,
+                )
         if isinstance(past_key_values, I3Cache):
             past_key_values.count_tokens(T)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
 
-    def _layer_steps(
+    def _by_kernels(
         self,
         x: Tensor,
         cache: I3Cache,
         masks: list[Tensor | None],
         rotation: Rotation | None,
-    ) -> list[LayerStep | None] | None:
-        """What computes each layer for one new token by kernels, where they serve it."""
+    ) -> TokenByKernels | None:
+        """What computes layers for one new token by kernels, where they serve it."""
         kernels = decoding_kernels(x)
         plan = None if kernels is None else self._decoding_step.plan(self.layers, kernels)
-        if kernels is None or plan is None:
+        if kernels is None or plan is None or not plan.halves:
             return None
-        return layer_steps(kernels, plan, cache, x, masks, rotation)
+        return begin_token(kernels, plan, cache, x, masks, rotation)
 
     def _causal_masks(
         self,
@@ -388,7 +396,11 @@ class I3Model(I3PreTrainedModel):
         # On an accelerator the check would stall every step, and the device reports it itself.
         if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
             return
-        low, high = (int(bound) for bound in input_ids.aminmax())
+        if input_ids.numel() <= FEW_ROWS:  # the least work for a token
+            ids = input_ids.flatten().tolist()
+            low, high = min(ids), max(ids)
+        else:
+            low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(
                 f"token id {low if low < 0 else high} is outside the vocabulary: ids run from 0 "

@@ -1,56 +1,103 @@
-"""The halves of a layer for one new token, each compiled by numba into one call.
+"""The halves of a layer for one new token, each compiled by numba.
 
 A step of decoding reads every matrix once and computes little else, so what counts is that nothing
-stands between one matrix and the next. Only products are worth two threads; those of one input run
-in one parallel region, and all else is short and serial. Inputs are float32, shape (R, C), one row
-per sequence; outputs are new; states are replaced in place.
+stands between one matrix and the next. Only products are worth two threads; all else is short and
+serial. `run` goes through a table with one record for each half, which says where everything lies
+and which functions compute it. These call each other by address: compiled into one another they
+would be compiled, and optimised, many times over.
 
-Parameters come grouped: `weights`, `scales` and `biases` hold an entry for each matrix, empty where
-a matrix has none, and a norm is (weight, bias, epsilon).
+All numbers are float32, but for matrices of bfloat16 or int8. The inputs x have the shape (R, C), a
+row per sequence, and are replaced by the outputs; so are the states.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import carray, njit, prange
 
-from i3lm.ops.linear.numba import multiply_rows
-from i3lm.ops.numba_bridge import compiled, exp, inlined, serial
-from i3lm.ops.wkv.numba import FASTEST, forward_kernel
+from i3lm.ops.linear.numba import HEIGHT, INPUT, NUMBERS, OUTPUT, WIDTH
+from i3lm.ops.numba_bridge import call, compiled, exp, floats, inlined, pointer, serial
+from i3lm.ops.wkv.numba import FASTEST, next_token
 
-__all__ = [
-    "attention",
-    "channel_mix",
-    "feed_forward",
-    "state_space",
-    "time_mix",
-]
+__all__ = ["KERNELS", "STEP", "attend", "floats_needed", "run"]
 
-_NO_MARKS = np.zeros((0, 0), np.bool_)
+_ADDRESS = np.int64  # of contiguous memory; 0 where there is nothing
+STEP = np.dtype(
+    [
+        ("products", _ADDRESS, (4, NUMBERS)),  # as `i3lm.ops.linear.numba` takes them
+        ("kernel", _ADDRESS),  # the half itself
+        ("multiply", _ADDRESS),
+        ("attend", _ADDRESS),
+        ("width", np.int64),  # of the middle or the state, or the number of heads
+        ("epsilon", np.float64),
+        ("norm", _ADDRESS, (2,)),  # weight and bias
+        ("vectors", _ADDRESS, (5,)),
+        # What is new with every token. Of an attention: the first of the keys and of the values,
+        # the mask, and cosines and sines.
+        ("states", _ADDRESS, (4,)),
+        ("room", np.int64),  # tokens from one head's keys to the next head's
+        ("count", np.int64),  # tokens that an attention looks at, the new one the last
+    ]
+)
+_STEP_BYTES = STEP.itemsize
+# Loops are spelt out: for `x += y` numba also compiles, for three seconds, the words of an error.
 # For loops that write what they compute. The compiler makes two forms of such a loop, and how near
 # its arrays lie decides which one runs: only as written are both bitwise the same. Not saying so is
 # not enough: a function called takes over the freedom of its caller.
 _as_written: Any = njit(fastmath=False, cache=True, error_model="numpy")
 
 
-@compiled()
-def _multiply(inputs, weights, scales, biases, outputs, tasks):
-    """Every input times its matrix, the rows of each matrix shared out over the tasks."""
-    for task in prange(tasks):
-        for m in range(len(weights)):
-            N = weights[m].shape[0]
-            share = (N + tasks - 1) // tasks
-            low, high = task * share, min((task + 1) * share, N)
-            multiply_rows(inputs[m], weights[m], scales[m], biases[m], outputs[m], low, high)
+@serial()
+def _record(address):
+    return carray(pointer(address), (1,), STEP)[0]
 
 
 @serial()
-def _product(x, weight, scale, bias, tasks):
-    output = np.empty((x.shape[0], weight.shape[0]), np.float32)
-    _multiply((x,), (weight,), (scale,), (bias,), (output,), tasks)
-    return output
+def run(R, C, x, steps, count, work, tasks):
+    """Replaces x (R, C) by what the halves make of it, one after the other.
+
+    Args:
+        R: Rows.
+        C: Channels.
+        x: Its address.
+        steps: The address of the first half's record; the others follow.
+        count: The number of halves.
+        work: The address of memory for `floats_needed` numbers.
+        tasks: The number of threads.
+
+    Returns:
+        How many halves were computed; fewer than `count` if one failed.
+    """
+    for i in range(count):
+        step = steps + i * _STEP_BYTES
+        if not call(_record(step).kernel, R, C, x, step, work, tasks):
+            return i
+    return count
+
+
+@serial()
+def _multiply(step, first, count, R, x, outputs, tasks):
+    """Multiplies inputs that follow each other in memory, from `x` on, by matrices of a half.
+
+    Args:
+        step: The address of the record.
+        first: The number of the first matrix.
+        count: How many of them; each has its own input and output.
+        R: Rows.
+        x: The address of the inputs.
+        outputs: The address of the outputs, which follow each other too.
+        tasks: The number of threads.
+    """
+    products = carray(pointer(step), (4, NUMBERS), np.int64)
+    for m in range(first, first + count):
+        products[m, INPUT], products[m, OUTPUT] = x, outputs
+        x += 4 * R * products[m, WIDTH]
+        outputs += 4 * R * products[m, HEIGHT]
+    at = step + 8 * NUMBERS * first
+    return call(_record(step).multiply, at, count, R, tasks)
 
 
 @_as_written
@@ -68,27 +115,26 @@ def _moments(x):
 
 
 @_as_written
-def _normalised(x, norm):
-    weight, bias, epsilon = norm
-    output = x.copy()
+def _normalise(x, weight, bias, epsilon, output):
     for r in range(x.shape[0]):
         mean, variance = _moments(x[r])
         scale = np.float32(1) / np.sqrt(variance + np.float32(epsilon))
-        row = output[r]
-        for i in range(row.size):
-            row[i] = (row[i] - mean) * scale
-        row *= weight
-        row += bias
-    return output
+        for i in range(x.shape[1]):
+            output[r, i] = (x[r, i] - mean) * scale * weight[i] + bias[i]
+
+
+@serial()
+def _norm(x, step, output):
+    C = x.shape[1]
+    weight, bias = floats(step.norm[0], (C,)), floats(step.norm[1], (C,))
+    _normalise(x, weight, bias, step.epsilon, output)
 
 
 @_as_written
-def _mixed(x, previous, share):
-    output = x.copy()
-    output -= previous
-    output *= share
-    output += previous
-    return output
+def _mix(x, previous, share, output):
+    for r in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            output[r, i] = (x[r, i] - previous[r, i]) * share[i] + previous[r, i]
 
 
 @inlined()
@@ -117,8 +163,7 @@ def _gelu(x):
 def _gate(receptance, values):
     for r in range(receptance.shape[0]):
         for i in range(receptance.shape[1]):
-            receptance[r, i] = _sigmoid(receptance[r, i])
-    values *= receptance
+            values[r, i] *= _sigmoid(receptance[r, i])
 
 
 @_as_written
@@ -137,11 +182,23 @@ def _apply_squared_relu(x):
 
 
 @_as_written
-def _log_decay(time_decay):
-    decay = np.empty_like(time_decay)
+def _write_log_decay(time_decay, decay):
     for i in range(decay.size):
         decay[i] = max(-np.exp(time_decay[i]), np.float32(FASTEST))
-    return decay
+
+
+@_as_written
+def _copy(x, output):
+    for r in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            output[r, i] = x[r, i]
+
+
+@_as_written
+def _add(total, x):
+    for r in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            total[r, i] += x[r, i]
 
 
 @_as_written
@@ -151,16 +208,14 @@ def _add_scaled(total, share, x):
 
 
 @_as_written
-def _turned(x, cosine, sine):
-    """Queries or keys (H, D) of one token, turned by the angles of its position."""
+def _turn(x, cosine, sine):
+    """Turns queries or keys (H, D) of one token by the angles of its position."""
     half = x.shape[1] // 2
-    output = x.copy()
     for h in range(x.shape[0]):
         for i in range(half):
             low, high = x[h, i], x[h, half + i]
-            output[h, i] = low * cosine[i] - high * sine[i]
-            output[h, half + i] = high * cosine[half + i] + low * sine[half + i]
-    return output
+            x[h, i] = low * cosine[i] - high * sine[i]
+            x[h, half + i] = high * cosine[half + i] + low * sine[half + i]
 
 
 @serial()
@@ -173,8 +228,9 @@ def _dot(x, y):
 
 @_as_written
 def _softmax(scores):
-    top = scores.max()
-    total = np.float32(0)
+    top, total = np.float32(-np.inf), np.float32(0)
+    for s in range(scores.size):
+        top = max(top, scores[s])
     for s in range(scores.size):
         scores[s] = exp(scores[s] - top)
         total += scores[s]
@@ -182,126 +238,168 @@ def _softmax(scores):
         scores[s] /= total
 
 
+@serial()
+def _attend_head(query, keys, values, mask, output):
+    """One query (D,) over the keys and values (S, D) that the mask (S,) or (0,) leaves."""
+    scale = np.float32(1 / np.sqrt(query.size))
+    scores = np.empty(len(keys), np.float32)
+    for s in range(len(keys)):
+        scores[s] = _dot(query, keys[s]) * scale
+        if mask.size and not mask[s]:
+            scores[s] = -np.inf
+    _softmax(scores)
+    output[:] = 0
+    for s in range(len(keys)):
+        _add_scaled(output, scores[s], values[s])
+
+
 @compiled()
-def _attend(query, keys, values, count, mask, output):
-    """One query (R, H, D) over the first `count` keys and values (R, H, room, D)."""
-    R, H, D = query.shape
-    scale = np.float32(1 / np.sqrt(D))
+def _attend(R, C, projected, at, outputs, tasks):
+    H = _record(at).width
     for task in prange(R * H):
-        r, h = task // H, task % H
-        scores = np.empty(count, np.float32)
-        for s in range(count):
-            scores[s] = _dot(query[r, h], keys[r, h, s]) * scale
-            if mask.size and not mask[r, s]:
-                scores[s] = -np.inf
-        _softmax(scores)
-        mixed = np.zeros(D, np.float32)
-        for s in range(count):
-            _add_scaled(mixed, scores[s], values[r, h, s])
-        output[r, h] = mixed
+        step, r, h, D = _record(at), task // H, task % H, C // H
+        first = 4 * task * step.room * D
+        query = floats(projected + 4 * (3 * r * C + h * D), (D,))
+        keys = floats(step.states[0] + first, (step.count, D))
+        values = floats(step.states[1] + first, (step.count, D))
+        mask, seen = step.states[2], step.count if step.states[2] else 0
+        seen_by_row = carray(pointer(mask + r * seen), (seen,), np.bool_)
+        _attend_head(query, keys, values, seen_by_row, floats(outputs + 4 * task * D, (D,)))
 
 
-# The kernels, all of one signature. `vectors` and `states` are tuples in the order in which
-# `i3lm.layers.decoding_step` and the cache keep them.
+def attend(R, C, projected, at, outputs, tasks):
+    """One query of every row and head: from projections (R, 3, H, D) to outputs (R, H, D)."""
+    _attend(R, C, projected, at, outputs, tasks)
+    return 1
 
 
-@serial()
-def time_mix(x, norm, vectors, weights, scales, biases, states, tasks):
+# The kernels, all of one form. They take the numbers of rows and channels, the addresses of x
+# (R, C), of the half's record and of memory to work in, and the number of threads; they give 1.
+# An exception in one ends in a 0 by numba (`address_of`), and so does one in what they call.
+
+
+def time_mix(R, C, x, at, work, tasks):
     """``x + TimeMix(norm(x))``."""
-    time_decay, time_first, mix_key, mix_value, mix_receptance = vectors
-    sums, shift = states
-    R, C = x.shape
-    fresh = _normalised(x, norm)
-    key, value = np.empty((R, 1, C), np.float32), np.empty((R, 1, C), np.float32)
-    receptance, mixed = np.empty((R, C), np.float32), np.empty((R, 1, C), np.float32)
-    inputs = (
-        _mixed(fresh, shift, mix_key),
-        _mixed(fresh, shift, mix_value),
-        _mixed(fresh, shift, mix_receptance),
-    )
-    outputs = key.reshape(R, C), value.reshape(R, C), receptance
-    _multiply(inputs, weights[:3], scales[:3], biases[:3], outputs, tasks)
-    shift[:] = fresh
-    decay = _log_decay(time_decay)
-    forward_kernel(key, value, decay, time_first, sums, _NO_MARKS, _NO_MARKS, mixed, sums)
-    gated = mixed.reshape(R, C)
-    _gate(receptance, gated)
-    return x + _product(gated, weights[3], scales[3], biases[3], tasks)
-
-
-@serial()
-def channel_mix(x, norm, vectors, weights, scales, biases, states, tasks):
-    """``x + ChannelMix(norm(x))``."""
-    mix_key, mix_receptance = vectors
-    shift = states[0]
-    fresh = _normalised(x, norm)
-    R, C = x.shape
-    key = np.empty((R, weights[0].shape[0]), np.float32)
-    receptance = np.empty((R, C), np.float32)
-    inputs = _mixed(fresh, shift, mix_key), _mixed(fresh, shift, mix_receptance)
-    _multiply(inputs, weights[:2], scales[:2], biases[:2], (key, receptance), tasks)
-    shift[:] = fresh
-    _apply_squared_relu(key)
-    values = _product(key, weights[2], scales[2], biases[2], tasks)
-    _gate(receptance, values)
-    return x + values
-
-
-@serial()
-def state_space(x, norm, vectors, weights, scales, biases, states, tasks):
-    """``x + HybridMixer(norm(x))``; small, and therefore serial."""
-    mix, A, B, C, D = vectors
-    state = states[0]
-    fresh, output = _normalised(x, norm), np.empty_like(x)
-    channels, N = C.shape
-    hidden = np.empty(N, np.float32)
-    for r in range(x.shape[0]):
-        for n in range(N):
-            total = np.float32(0)
-            for i in range(N):
-                total += A[n, i] * state[r, channels + i]
-            for i in range(channels):
-                total += B[n, i] * fresh[r, i]
-            hidden[n] = total
-        state[r, channels:] = hidden
-        for c in range(channels):
-            average = mix[c] * (state[r, c] - fresh[r, c]) + fresh[r, c]
-            state[r, c] = average
-            total = D[c] * average
-            for n in range(N):
-                total += C[c, n] * hidden[n]
-            output[r, c] = x[r, c] + total
-    return output
-
-
-@serial()
-def feed_forward(x, norm, vectors, weights, scales, biases, states, tasks):
-    """``x + FeedForward(norm(x))``."""
-    middle = _product(_normalised(x, norm), weights[0], scales[0], biases[0], tasks)
-    _apply_gelu(middle)
-    return x + _product(middle, weights[1], scales[1], biases[1], tasks)
-
-
-@serial()
-def attention(x, norm, vectors, weights, scales, biases, states, tasks):
-    """``x + CausalSelfAttention(norm(x))``.
-
-    The states are keys and values, (R, H, room, D), the number of tokens with this one, what it
-    sees, bool (R, count) or empty, and cosines and sines of its position, (2, R, D) or empty.
-    """
-    keys, values, count, mask, rotation = states
-    R, C = x.shape
-    H, D = keys.shape[1], keys.shape[3]
-    projected = _product(_normalised(x, norm), weights[0], scales[0], biases[0], tasks)
-    heads = projected.reshape(R, 3, H, D)
-    query = np.empty((R, H, D), np.float32)
+    step, x, block = _record(at), floats(x, (R, C)), 4 * R * C
+    inputs, outputs = work + block, work + 4 * block
+    fresh, shift = floats(work, (R, C)), floats(step.states[1], (R, C))
+    _norm(x, step, fresh)
+    for m in range(3):
+        share = floats(step.vectors[2 + m], (C,))
+        _mix(fresh, shift, share, floats(inputs + m * block, (R, C)))
+    if not _multiply(at, 0, 3, R, inputs, outputs, tasks):
+        return 0
+    _copy(fresh, shift)
+    decay, first = floats(inputs, (C,)), floats(step.vectors[1], (C,))
+    _write_log_decay(floats(step.vectors[0], (C,)), decay)
+    key, value = floats(outputs, (R, C)), floats(outputs + block, (R, C))
+    sums, mixed = floats(step.states[0], (R, 3, C)), fresh
     for r in range(R):
-        query[r], key = heads[r, 0], heads[r, 1]
-        if rotation.size:
-            query[r] = _turned(heads[r, 0], rotation[0, r], rotation[1, r])
-            key = _turned(heads[r, 1], rotation[0, r], rotation[1, r])
-        keys[r, :, count - 1] = key
-        values[r, :, count - 1] = heads[r, 2]
-    mixed = np.empty((R, H, D), np.float32)
-    _attend(query, keys, values, count, mask, mixed)
-    return x + _product(mixed.reshape(R, C), weights[1], scales[1], biases[1], tasks)
+        next_token(key[r], value[r], decay, first, sums[r], mixed[r])
+    _gate(floats(outputs + 2 * block, (R, C)), mixed)
+    if not _multiply(at, 3, 1, R, work, outputs, tasks):
+        return 0
+    _add(x, floats(outputs, (R, C)))
+    return 1
+
+
+def channel_mix(R, C, x, at, work, tasks):
+    """``x + ChannelMix(norm(x))``."""
+    step, x, block = _record(at), floats(x, (R, C)), 4 * R * C
+    inputs, outputs = work + block, work + 3 * block
+    fresh, shift = floats(work, (R, C)), floats(step.states[0], (R, C))
+    _norm(x, step, fresh)
+    for m in range(2):
+        share = floats(step.vectors[m], (C,))
+        _mix(fresh, shift, share, floats(inputs + m * block, (R, C)))
+    if not _multiply(at, 0, 2, R, inputs, outputs, tasks):
+        return 0
+    _copy(fresh, shift)
+    F = step.width
+    _apply_squared_relu(floats(outputs, (R, F)))
+    if not _multiply(at, 2, 1, R, outputs, work, tasks):
+        return 0
+    values = floats(work, (R, C))
+    _gate(floats(outputs + 4 * R * F, (R, C)), values)
+    _add(x, values)
+    return 1
+
+
+def state_space(R, C, x, at, work, tasks):
+    """``x + HybridMixer(norm(x))``; small, and therefore serial."""
+    step, x = _record(at), floats(x, (R, C))
+    N, fresh = step.width, floats(work, (R, C))
+    _norm(x, step, fresh)
+    vectors = step.vectors
+    states, hidden = floats(step.states[0], (R, C + N)), floats(work + 4 * R * C, (N,))
+    A, B = floats(vectors[1], (N, N)), floats(vectors[2], (N, C))
+    mix, read, skip = (
+        floats(vectors[0], (C,)),
+        floats(vectors[3], (C, N)),
+        floats(vectors[4], (C,)),
+    )
+    for r in range(R):
+        state = states[r]
+        for n in range(N):
+            hidden[n] = _dot(A[n], state[C:]) + _dot(B[n], fresh[r])
+        for n in range(N):
+            state[C + n] = hidden[n]
+        for c in range(C):
+            average = mix[c] * (state[c] - fresh[r, c]) + fresh[r, c]
+            state[c] = average
+            x[r, c] += skip[c] * average + _dot(read[c], hidden)
+    return 1
+
+
+def feed_forward(R, C, x, at, work, tasks):
+    """``x + FeedForward(norm(x))``."""
+    step, x, middle = _record(at), floats(x, (R, C)), work + 4 * R * C
+    fresh = floats(work, (R, C))
+    _norm(x, step, fresh)
+    if not _multiply(at, 0, 1, R, work, middle, tasks):
+        return 0
+    _apply_gelu(floats(middle, (R, step.width)))
+    if not _multiply(at, 1, 1, R, middle, work, tasks):
+        return 0
+    _add(x, fresh)
+    return 1
+
+
+def attention(R, C, x, at, work, tasks):
+    """``x + CausalSelfAttention(norm(x))``; writes the new keys and values behind the others."""
+    step, x = _record(at), floats(x, (R, C))
+    fresh, projected = floats(work, (R, C)), work + 4 * R * C
+    _norm(x, step, fresh)
+    if not _multiply(at, 0, 1, R, work, projected, tasks):
+        return 0
+    H, D, last = step.width, C // step.width, step.count - 1
+    heads = floats(projected, (R, 3, H, D))
+    keys = floats(step.states[0], (R, H, step.room, D))
+    values = floats(step.states[1], (R, H, step.room, D))
+    turned = floats(step.states[3], (2, R if step.states[3] else 0, D))
+    for r in range(R):
+        if turned.size:
+            _turn(heads[r, 0], turned[0, r], turned[1, r])
+            _turn(heads[r, 1], turned[0, r], turned[1, r])
+        _copy(heads[r, 1], keys[r, :, last])
+        _copy(heads[r, 2], values[r, :, last])
+    if not call(step.attend, R, C, projected, at, work, tasks):
+        return 0
+    if not _multiply(at, 1, 1, R, work, projected, tasks):
+        return 0
+    _add(x, floats(projected, (R, C)))
+    return 1
+
+
+def floats_needed(R, C, width):
+    """How many numbers a kernel needs room for, given the record's `width`."""
+    return R * (8 * C + width)
+
+
+KERNELS: dict[str, Callable[..., int]] = {
+    "time_mix": time_mix,
+    "channel_mix": channel_mix,
+    "state_space": state_space,
+    "feed_forward": feed_forward,
+    "attention": attention,
+}

@@ -11,164 +11,89 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray
 from torch import Tensor
 
 from i3lm.ops.decoding_step import numba as halves
 from i3lm.ops.decoding_step.reference import EPSILON
-from i3lm.ops.numba_bridge import as_array, bits_of, match_threads, pointer, serial
+from i3lm.ops.linear.numba import multiplication
+from i3lm.ops.numba_bridge import address_of, match_threads
 
-__all__ = ["KERNELS", "address_of", "empty_array", "half", "match_threads", "record_of", "table_of"]
-
-_ADDRESS = np.int64  # of contiguous memory; 0 where there is nothing
-_STEP = np.dtype(
-    [
-        ("width", np.int64),  # of the middle or the state, or the number of heads
-        ("epsilon", np.float64),
-        ("norm", _ADDRESS, (2,)),  # weight and bias
-        ("vectors", _ADDRESS, (5,)),
-        ("weights", _ADDRESS, (4,)),
-        ("scales", _ADDRESS, (4,)),
-        ("biases", _ADDRESS, (4,)),
-        # What is new with every token. Of an attention: the first of the keys and of the values,
-        # the mask, and cosines and sines.
-        ("states", _ADDRESS, (4,)),
-        ("room", np.int64),  # tokens from one head's keys to the next head's
-        ("count", np.int64),  # tokens that an attention looks at, the new one the last
-    ]
-)
+__all__ = ["Table", "half", "record_of"]
 
 
-@serial()
-def _floats(address, shape):
-    return carray(pointer(address), shape, np.float32)
+def record_of(
+    name: str,
+    epsilon: float,
+    width: int,
+    norm: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor | None] = (),
+    biases: Sequence[Tensor | None] = (),
+) -> Any:
+    """Gives the record of a half of a layer, but for its states.
 
-
-@serial()
-def _record(address):
-    return carray(pointer(address), (1,), _STEP)[0]
-
-
-@serial()
-def _norm(step, C):
-    return _floats(step.norm[0], (C,)), _floats(step.norm[1], (C,)), step.epsilon
-
-
-@serial()
-def _map(step, m, N, K, like):
-    """A matrix, its scale and its bias, the last two perhaps empty."""
-    scale, bias = step.scales[m], step.biases[m]
-    return (
-        carray(pointer(step.weights[m]), (N, K), like.dtype),
-        _floats(scale, (N if scale else 0,)),
-        _floats(bias, (N if bias else 0,)),
-    )
-
-
-@serial()
-def _time_mix(R, C, x, step, like, tasks):
-    x, step = _floats(x, (R, C)), _record(step)
-    at = step.vectors
-    vectors = (
-        _floats(at[0], (C,)),
-        _floats(at[1], (C,)),
-        _floats(at[2], (C,)),
-        _floats(at[3], (C,)),
-        _floats(at[4], (C,)),
-    )
-    k, v = _map(step, 0, C, C, like), _map(step, 1, C, C, like)
-    r, o = _map(step, 2, C, C, like), _map(step, 3, C, C, like)
-    weights, scales = (k[0], v[0], r[0], o[0]), (k[1], v[1], r[1], o[1])
-    biases = k[2], v[2], r[2], o[2]
-    states = _floats(step.states[0], (R, 3, C)), _floats(step.states[1], (R, C))
-    x[:] = halves.time_mix(x, _norm(step, C), vectors, weights, scales, biases, states, tasks)
-
-
-@serial()
-def _channel_mix(R, C, x, step, like, tasks):
-    x, step = _floats(x, (R, C)), _record(step)
-    F = step.width
-    vectors = _floats(step.vectors[0], (C,)), _floats(step.vectors[1], (C,))
-    k, r, v = _map(step, 0, F, C, like), _map(step, 1, C, C, like), _map(step, 2, C, F, like)
-    weights, scales, biases = (k[0], r[0], v[0]), (k[1], r[1], v[1]), (k[2], r[2], v[2])
-    states = (_floats(step.states[0], (R, C)),)
-    x[:] = halves.channel_mix(x, _norm(step, C), vectors, weights, scales, biases, states, tasks)
-
-
-@serial()
-def _state_space(R, C, x, step, like, tasks):
-    x, step = _floats(x, (R, C)), _record(step)
-    N = step.width
-    at = step.vectors
-    vectors = (
-        _floats(at[0], (C,)),
-        _floats(at[1], (N, N)),
-        _floats(at[2], (N, C)),
-        _floats(at[3], (C, N)),
-        _floats(at[4], (C,)),
-    )
-    states = (_floats(step.states[0], (R, C + N)),)
-    x[:] = halves.state_space(x, _norm(step, C), vectors, (), (), (), states, tasks)
-
-
-@serial()
-def _feed_forward(R, C, x, step, like, tasks):
-    x, step = _floats(x, (R, C)), _record(step)
-    F = step.width
-    up, down = _map(step, 0, F, C, like), _map(step, 1, C, F, like)
-    weights, scales, biases = (up[0], down[0]), (up[1], down[1]), (up[2], down[2])
-    x[:] = halves.feed_forward(x, _norm(step, C), (), weights, scales, biases, (), tasks)
-
-
-@serial()
-def _attention(R, C, x, step, like, tasks):
-    x, step = _floats(x, (R, C)), _record(step)
-    H, count = step.width, step.count
-    shape = (R, H, step.room, C // H)
-    keys, values = _floats(step.states[0], shape), _floats(step.states[1], shape)
-    seen = carray(pointer(step.states[2]), (R if step.states[2] else 0, count), np.bool_)
-    heads, o = _map(step, 0, 3 * C, C, like), _map(step, 1, C, C, like)
-    weights, scales, biases = (heads[0], o[0]), (heads[1], o[1]), (heads[2], o[2])
-    turned = (2, R if step.states[3] else 0, C // H)
-    states = keys, values, count, seen, _floats(step.states[3], turned)
-    x[:] = halves.attention(x, _norm(step, C), (), weights, scales, biases, states, tasks)
-
-
-# By name. Each replaces x, one token of each sequence, by what the half makes of it. It takes the
-# numbers of rows and of channels, the address of x, float32, shape (R, C), and of the half's
-# record, an array of the matrices' dtype (bfloat16 as uint16), and the number of threads.
-KERNELS: dict[str, Any] = {
-    "time_mix": _time_mix,
-    "channel_mix": _channel_mix,
-    "state_space": _state_space,
-    "feed_forward": _feed_forward,
-    "attention": _attention,
-}
-
-
-def record_of(epsilon: float, width: int, **tensors: Sequence[Tensor | None]) -> Any:
-    """The record of a half whose contiguous tensors, by the names of its fields, stay in memory."""
-    record = np.zeros((), _STEP)
+    Args:
+        name: The kernel's name.
+        epsilon: Of the LayerNorm.
+        width: The width of the middle or the state, or the number of heads.
+        norm: Weight and bias of the LayerNorm.
+        vectors: The kernel's vectors, in its order; as all tensors here contiguous, and where they
+            are as long as the record is used.
+        weights: Its matrices, in its order, of one dtype.
+        scales: For each matrix a factor per output or None; or nothing.
+        biases: For each matrix a summand per output or None; or nothing.
+    """
+    record = np.zeros((), halves.STEP)
     record["epsilon"], record["width"] = epsilon, width
-    for name, group in tensors.items():
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in group]
-        record[name][: len(addresses)] = addresses
+    record["kernel"] = address_of(halves.KERNELS[name])
+    if name == "attention":
+        record["attend"] = address_of(halves.attend)
+    if weights:
+        record["multiply"] = multiplication(weights[0].dtype)
+    for field, tensors in (("norm", norm), ("vectors", vectors)):
+        record[field][: len(tensors)] = _addresses(tensors)
+    for m, weight in enumerate(weights):
+        parts = weight, scales[m] if scales else None, biases[m] if biases else None
+        record["products"][m, :5] = *_addresses(parts), *weight.shape
     return record
 
 
-def table_of(records: list[Any]) -> np.ndarray:
-    """A table of records."""
-    return np.array(records, _STEP)
+class Table:
+    """The records of halves that follow each other, with their states, and memory to work in.
 
+    Args:
+        records: The records, which are copied.
+        R: Rows of the inputs.
+        C: Channels.
+    """
 
-def address_of(table: np.ndarray) -> int:
-    """Where a table begins; its records follow each other."""
-    return table.__array_interface__["data"][0]
+    def __init__(self, records: Sequence[Any], R: int, C: int) -> None:
+        self.records = np.array(records, halves.STEP)
+        self.R, self.C = R, C
+        widths = self.records["width"]
+        self.work = torch.empty(halves.floats_needed(R, C, int(widths.max(initial=0))))
+        self._places = self.records.__array_interface__["data"][0], self.work.data_ptr()
 
+    def run(self, x: Tensor, first: int, count: int) -> None:
+        """Replaces x by what halves make of it, and their states by those after it.
 
-def empty_array(dtype: torch.dtype) -> np.ndarray:
-    """What tells a kernel the dtype of matrices."""
-    return as_array(bits_of(torch.empty(0, dtype=dtype)))
+        Args:
+            x: Inputs, float32, shape (R, C) or (R, 1, C), contiguous.
+            first: The number of the first half.
+            count: How many of them.
+
+        Raises:
+            RuntimeError: A kernel failed.
+        """
+        table, work = self._places
+        steps = table + first * halves.STEP.itemsize
+        done = halves.run(self.R, self.C, x.data_ptr(), steps, count, work, match_threads())
+        if done < count:
+            raise RuntimeError(
+                f"the kernel of half {first + done} of a decoding step failed; its error stands "
+                "above. i3lm.ops.dispatch.use_implementation(decoding_step='modules') does without"
+            )
 
 
 def half(
@@ -183,10 +108,13 @@ def half(
     output, *states = [tensor.clone() for tensor in (x, *states)]
     attends = name == "attention"
     width = states[0].shape[1] if attends else (*weights, *vectors[1:])[0].shape[0]
-    record = record_of(EPSILON, width, norm=norm, vectors=vectors, weights=weights, states=states)
+    table = Table([record_of(name, EPSILON, width, norm, vectors, weights)], *output.shape)
+    table.records["states"][0, : len(states)] = _addresses(states)
     if attends:
-        record["room"] = record["count"] = states[0].shape[2]
-    table, like = table_of([record]), empty_array(weights[0].dtype if weights else x.dtype)
-    place = output.data_ptr(), address_of(table)
-    KERNELS[name](*output.shape, *place, like, match_threads())
+        table.records["room"] = table.records["count"] = states[0].shape[2]
+    table.run(output, 0, 1)
     return [output, *states]
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

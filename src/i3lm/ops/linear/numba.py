@@ -1,43 +1,108 @@
-"""A few rows times a matrix at the speed of memory, as in a step of decoding.
+"""A few rows times matrices at the speed of memory, as in a step of decoding.
 
-The matrix is read once, as float32, bfloat16 or int8; all else is float32.
+A matrix is read once, as float32, bfloat16 or int8; all else is float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
-from numba import prange
+import torch
+from numba import carray, prange
 from torch import Tensor
 
-from i3lm.ops.numba_bridge import as_array, bits_of, compiled, match_threads, serial, widen
+from i3lm.ops.numba_bridge import (
+    address_of,
+    call,
+    compiled,
+    floats,
+    match_threads,
+    pointer,
+    serial,
+    widen,
+)
+
+# The numbers of a product: addresses of the matrix (N, K), of a factor and of a summand per output
+# (0 where there is none), N, K, and the addresses of inputs (R, K) and outputs (R, N).
+WEIGHT, SCALE, BIAS, HEIGHT, WIDTH, INPUT, OUTPUT, NUMBERS = range(8)
 
 
-# A function of its own: within a parallel loop over a tuple of matrices the sum would stay scalar.
+# A function of its own: within a parallel loop the sum would stay scalar.
 @serial()
-def multiply_rows(x, weight, scale, bias, output, low, high):
-    """Writes ``x @ weight.T * scale + bias`` for the rows of the matrix from `low` to `high`."""
+def _multiply_rows(x, weight, scale, bias, output, low, high):
     for n in range(low, high):
+        row = weight[n]
         for r in range(x.shape[0]):
-            total = np.float32(0)
-            for i in range(x.shape[1]):
-                total += widen(weight[n, i]) * x[r, i]
+            inputs, total = x[r], np.float32(0)
+            for i in range(row.size):
+                total += widen(row[i]) * inputs[i]
             if scale.size:
                 total *= scale[n]
             if bias.size:
-                total += widen(bias[n])
+                total += bias[n]
             output[r, n] = total
 
 
-@compiled()
-def _products(x, weight, scale, bias, output, tasks):
-    N = weight.shape[0]
+@serial()
+def _multiply_share(product, R, like, task, tasks):
+    """One task's share of the rows of a matrix."""
+    N, K = product[HEIGHT], product[WIDTH]
     share = (N + tasks - 1) // tasks
+    low, high = task * share, min((task + 1) * share, N)
+    x, output = floats(product[INPUT], (R, K)), floats(product[OUTPUT], (R, N))
+    weight = carray(pointer(product[WEIGHT]), (N, K), like.dtype)
+    scale = floats(product[SCALE], (N if product[SCALE] else 0,))
+    bias = floats(product[BIAS], (N if product[BIAS] else 0,))
+    _multiply_rows(x, weight, scale, bias, output, low, high)
+
+
+@compiled()
+def _multiply(products, count, R, like, tasks):
+    """Several products, the rows of each matrix shared out over the tasks."""
     for task in prange(tasks):
-        low, high = task * share, min((task + 1) * share, N)
-        multiply_rows(x, weight, scale, bias, output, low, high)
+        numbers = carray(pointer(products), (count, NUMBERS), np.int64)
+        for m in range(count):
+            _multiply_share(numbers[m], R, like, task, tasks)
 
 
-_NOTHING = np.zeros(0, np.float32)
+_FLOAT32, _BFLOAT16, _INT8 = (np.empty(0, kind) for kind in (np.float32, np.uint16, np.int8))
+
+
+def _by_float32(products, count, R, tasks):
+    _multiply(products, count, R, _FLOAT32, tasks)
+    return 1
+
+
+def _by_bfloat16(products, count, R, tasks):
+    _multiply(products, count, R, _BFLOAT16, tasks)
+    return 1
+
+
+def _by_int8(products, count, R, tasks):
+    _multiply(products, count, R, _INT8, tasks)
+    return 1
+
+
+_FUNCTIONS: dict[torch.dtype, Callable[..., int]] = {
+    torch.float32: _by_float32,
+    torch.bfloat16: _by_bfloat16,
+    torch.int8: _by_int8,
+}
+
+
+def multiplication(dtype: torch.dtype) -> int:
+    """Gives the address of the function that multiplies by matrices of a dtype.
+
+    For `call`: it takes the address of a table of products, of `NUMBERS` int64 numbers each, how
+    many they are, the rows of their inputs and the number of threads.
+    """
+    return address_of(_FUNCTIONS[dtype])
+
+
+@serial()
+def _call(function, products, count, R, tasks):
+    return call(function, products, count, R, tasks)
 
 
 def few_rows(
@@ -54,14 +119,13 @@ def few_rows(
     Returns:
         Shape (R, N), float32.
     """
-    output = x.new_empty(x.shape[0], weight.shape[0])
-    tasks = match_threads()
-    _products(
-        as_array(x),
-        as_array(bits_of(weight)),
-        _NOTHING if scale is None else as_array(scale),
-        _NOTHING if bias is None else as_array(bits_of(bias)),
-        as_array(output),
-        tasks,
-    )
+    x, output = x.contiguous(), x.new_empty(x.shape[0], weight.shape[0])
+    if bias is not None:
+        bias = bias.float().contiguous()
+    small = [0 if part is None else part.data_ptr() for part in (scale, bias)]
+    inputs = [*weight.shape, x.data_ptr(), output.data_ptr()]
+    products = np.array([weight.data_ptr(), *small, *inputs], np.int64)
+    address = products.__array_interface__["data"][0]
+    if not _call(multiplication(weight.dtype), address, 1, len(x), match_threads()):
+        raise RuntimeError("a product failed; its error stands above")
     return output

@@ -15,7 +15,16 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from i3lm.ops.numba_bridge import as_arrays, compiled, exp, inlined, load, match_threads, store
+from i3lm.ops.numba_bridge import (
+    as_arrays,
+    compiled,
+    exp,
+    inlined,
+    load,
+    match_threads,
+    serial,
+    store,
+)
 from i3lm.ops.wkv.reference import EMPTY_EXPONENT
 
 _BLOCK = 128  # channels per task: long enough runs for the prefetcher, few enough for the cache
@@ -54,8 +63,36 @@ def _add_token(work, one):
         work[_TOP, i] = top
 
 
+@inlined()
+def _read_and_add_token(work, one):
+    """The output of a token, from the sums before it, and the sums after it."""
+    for i in range(_BLOCK):
+        past, now, _ = _weights(work[_FIRST, i] + work[_TOP, i], work[_KEY, i], one)
+        num = past * work[_NUM, i] + now * work[_VALUE, i]
+        work[_OUTPUT, i] = num / (past * work[_DEN, i] + now)
+    _add_token(work, one)
+
+
+@serial()
+def next_token(key, value, decay, first, state, output):
+    """One token of one row: all of shape (C,), but for the sums (3, C), which are replaced."""
+    work = np.zeros((16, _BLOCK), np.float32)
+    for low in range(0, key.size, _BLOCK):
+        high = min(low + _BLOCK, key.size)
+        load(work, _DECAY, decay[low:high])
+        load(work, _FIRST, first[low:high])
+        load(work, _KEY, key[low:high])
+        load(work, _VALUE, value[low:high])
+        for row in range(3):
+            load(work, _NUM + row, state[row, low:high])
+        _read_and_add_token(work, np.float32(1))
+        store(output[low:high], work, _OUTPUT)
+        for row in range(3):
+            store(state[row, low:high], work, _NUM + row)
+
+
 @compiled()
-def forward_kernel(key, value, decay, first, state, reset, mask, output, final):
+def _forward(key, value, decay, first, state, reset, mask, output, final):
     B, T, C = key.shape
     one = state.dtype.type(1)
     blocks = (C + _BLOCK - 1) // _BLOCK
@@ -75,11 +112,7 @@ def forward_kernel(key, value, decay, first, state, reset, mask, output, final):
                 continue
             load(work, _KEY, key[b, t, low:high])
             load(work, _VALUE, value[b, t, low:high])
-            for i in range(_BLOCK):
-                past, now, _ = _weights(work[_FIRST, i] + work[_TOP, i], work[_KEY, i], one)
-                num = past * work[_NUM, i] + now * work[_VALUE, i]
-                work[_OUTPUT, i] = num / (past * work[_DEN, i] + now)
-            _add_token(work, one)
+            _read_and_add_token(work, one)
             store(output[b, t, low:high], work, _OUTPUT)
         for row in range(3):
             store(final[b, row, low:high], work, _NUM + row)
@@ -179,9 +212,7 @@ def wkv_numba(
     output, final = key.new_empty(key.shape), state.new_empty(state.shape)
     match_threads()
     time_decay = time_decay.clamp_min(FASTEST)
-    forward_kernel(
-        *as_arrays(key, value, time_decay, time_first, state, reset, mask, output, final)
-    )
+    _forward(*as_arrays(key, value, time_decay, time_first, state, reset, mask, output, final))
     return output, final
 
 
