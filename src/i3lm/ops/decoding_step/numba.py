@@ -43,6 +43,7 @@ STEP = np.dtype(
     ]
 )
 _STEP_BYTES = STEP.itemsize
+_LOG_FASTEST = np.float32(np.log(-FASTEST))
 # Loops are spelt out: for `x += y` numba also compiles, for three seconds, the words of an error.
 # For loops that write what they compute. The compiler makes two forms of such a loop, and how near
 # its arrays lie decides which one runs: only as written are both bitwise the same. Not saying so is
@@ -100,7 +101,7 @@ def _multiply(step, first, count, R, x, outputs, tasks):
     return call(_record(step).multiply, at, count, R, tasks)
 
 
-@_as_written
+@serial()
 def _moments(x):
     """Mean and variance of a vector."""
     C = np.float32(x.size)
@@ -184,7 +185,7 @@ def _apply_squared_relu(x):
 @_as_written
 def _write_log_decay(time_decay, decay):
     for i in range(decay.size):
-        decay[i] = max(-np.exp(time_decay[i]), np.float32(FASTEST))
+        decay[i] = -exp(min(time_decay[i], _LOG_FASTEST))
 
 
 @_as_written
