@@ -26,6 +26,7 @@ def run_command(name: str, function: Callable[..., Any], arguments: list[str]) -
     try:
         settings = _parse(name, function, arguments)
         _quiet_libraries()
+        _tell_of_compiling()
         status = function(**settings)
         sys.stdout.flush()  # here, so that output that cannot be written is noticed here
     except I3Error as error:
@@ -255,3 +256,14 @@ def _quiet_libraries() -> None:
     # Where torchao is installed, transformers imports it, and it tells of GPU kernels it lacks.
     for chatty in ("torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
+def _tell_of_compiling() -> None:
+    """Lets a person at a terminal know why the first command on a machine takes its time."""
+    logger = logging.getLogger("i3lm.ops.numba_bridge")
+    if sys.stderr.isatty() and not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("i3lm: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

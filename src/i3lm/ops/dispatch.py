@@ -141,7 +141,7 @@ class Op:
             if refusal is None:
                 reason = "; ".join(refusals) or "the fastest there is for this device and dtype"
                 choice = Choice(candidate, reason)
-                self._tell_once(choice)
+                self._tell_once(choice, device)
                 return choice
             refusals.append(f"{candidate.name}: {refusal}")
         raise ValueError(f"no implementation of {self.name} accepts {dtype} on {device}")
@@ -154,11 +154,13 @@ class Op:
         known = ", ".join(self.names)
         raise ValueError(f"{self.name} has no implementation {name!r}; it has {known}")
 
-    def _tell_once(self, choice: Choice) -> None:
+    def _tell_once(self, choice: Choice, device: torch.device) -> None:
         key = (choice.implementation.name, choice.reason)
         if key not in self._told:
             self._told.add(key)
-            logger.info("%s runs as %s (%s)", self.name, choice.implementation.name, choice.reason)
+            slow = choice.implementation.name in SLOW and device.type != "meta"
+            level = logging.WARNING if slow else logging.INFO
+            logger.log(level, "%s runs as %s (%s)", self.name, *key)
 
 
 @torch.compiler.assume_constant_result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from functools import cache, partial
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -30,6 +31,25 @@ compiled: Any = partial(njit, parallel=True, fastmath=FAST, cache=True, error_mo
 as_written: Any = partial(njit, parallel=True, fastmath=False, cache=True, error_model="numpy")
 serial: Any = partial(njit, fastmath=FAST, cache=True, error_model="numpy")
 inlined: Any = partial(njit, inline="always", fastmath=FAST, error_model="numpy")
+
+logger = logging.getLogger(__name__)
+
+
+class _CompilingTeller(event.Listener):
+    """Says once in a process that numba compiles, which takes seconds and is not seen else."""
+
+    told = False
+
+    def on_start(self, event: Any) -> None:
+        if not self.told:
+            self.told = True
+            logger.info("compiling kernels for this processor, once; they are kept for next time")
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba:compile", _CompilingTeller())
 
 _LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts, so that n * ln 2 is exact where it cancels against x (Cody and Waite).
