@@ -4,9 +4,10 @@
 
 A step is forward, loss, backward, clipping and AdamW. Each contestant has a process, and they take
 turns of one step that is not timed and one that is: the first step after a pause takes some 15 %
-longer, and training has no pauses. Before timing, the loss and gradient norm of our step are held
-against those of the same weights with reference kernels and the plain loss. The original runs as
-released, which is float32, and for bf16 once more under autocast; the peer runs in our precision.
+longer, and training has no pauses. Before timing, losses and gradient norms of two of our steps are
+held against those of the same weights with the plainest implementation of every op and the plain
+loss. The original runs as released, which is float32, and for bf16 once more under autocast; the
+peer runs in our precision and, as our training does, keeps freed memory.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from i3lm.device import keep_freed_memory
 from i3lm.ops.dispatch import use_implementation
+from i3lm.ops.self_check import CHECKS
 from i3lm.ops.speed import measure_matmul_flops
 from i3lm.planning import count_parameters, training_flops_per_token
 from i3lm.presets import load_preset
@@ -110,17 +112,17 @@ def check(options) -> None:
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
     plain.loss = plain_loss
-    with use_implementation(
-        wkv="reference", state_space="reference", causal_attention="torch", linear="torch"
-    ):
-        expected = plain()
-    got = fast()
+    with use_implementation(**{name: check.op.names[-1] for name, check in CHECKS.items()}):
+        expected = plain(), plain()  # the second tells of the first one's update
+    got = fast(), fast()
     tolerance = 2e-2 if options.precision == "bf16" else 1e-4
-    for name, a, b in zip(("loss", "gradient norm"), got, expected, strict=True):
-        if abs(a - b) > tolerance * abs(b):
-            raise SystemExit(f"{name} {a} differs from the reference's {b}: not timed")
-    print(f"checked: loss {got[0]:.5f} (reference {expected[0]:.5f}), "
-          f"gradient norm {got[1]:.5f} ({expected[1]:.5f})")  # fmt: skip
+    for names in zip(got, expected, strict=True):
+        for what, a, b in zip(("loss", "gradient norm"), *names, strict=True):
+            if not abs(a - b) <= tolerance * abs(b):
+                raise SystemExit(f"{what} {a} differs from the reference's {b}: not timed")
+    for step, (loss, norm) in enumerate(got):
+        print(f"checked step {step + 1}: loss {loss:.5f} (reference {expected[step][0]:.5f}), "
+              f"gradient norm {norm:.5f} ({expected[step][1]:.5f})", flush=True)  # fmt: skip
 
 
 def load_original(checkout: str, config) -> torch.nn.Module:
@@ -191,7 +193,9 @@ class Contestant:
 
     def finish(self) -> dict[str, float]:
         """Ends the process; gives its peak memory and profile."""
-        return json.loads(self._ask("finish"))
+        figures = json.loads(self._ask("finish"))
+        self.process.wait()
+        return figures
 
     def _ask(self, what: str) -> str:
         assert self.process.stdin is not None
@@ -208,9 +212,9 @@ class Contestant:
 
 def contest(name: str, options) -> None:
     """Answers questions about one contestant on standard input, in a process of its own."""
-    if name == "ours":
-        keep_freed_memory()  # as `i3lm train` does
-    elif name == "original":
+    if name in ("ours", "peer"):
+        keep_freed_memory()  # as `i3lm train` does for every model
+    if name == "original":
         options.precision = "fp32"  # as released
     step = CONTESTANTS[name](options)
     for _ in range(2):
@@ -269,15 +273,20 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", help="append the JSON line to this file")
-    parser.add_argument("--only", choices=tuple(CONTESTANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("check", *CONTESTANTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
 
+    if options.only == "check":
+        check(options)
+        return 0
     if options.only:
         contest(options.only, options)
         return 0
 
+    # In a process of its own, whose memory is free again when contestants run.
+    if subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", "check"]).returncode:
+        return 1
     keep_freed_memory()  # for the ceiling below
-    check(options)
     names = ["ours"]
     if options.original:
         names += ["original"]
