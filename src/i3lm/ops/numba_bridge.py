@@ -92,9 +92,10 @@ def address_of(function: Any) -> int:
     """
     count = function.__code__.co_argcount
     signature = types.int64(*[types.int64] * count)
-    compiled_function = numba.cfunc(signature, cache=True)(function)
+    compiled_function: Any = numba.cfunc(signature, cache=True)(function)
     _functions.append(compiled_function)  # else its code would be freed
-    return int(compiled_function.address)
+    address: int = compiled_function.address
+    return address
 
 
 _functions: list[Any] = []

@@ -274,6 +274,32 @@ def attend(R, C, projected, at, outputs, tasks):
     return 1
 
 
+@serial()
+def _project_mixes(R, C, x, at, shift, share, count, work, outputs, tasks):
+    """Products of the norm of x, mixed with that of the token before, which it replaces.
+
+    Args:
+        R: Rows.
+        C: Channels.
+        x: The inputs, an array (R, C).
+        at: The address of the half's record.
+        shift: The address of the token before, normed.
+        share: The number of the first vector to mix by; the others follow.
+        count: How many mixes and products.
+        work: The address of room for the norm and the mixes.
+        outputs: The address of the products.
+        tasks: The number of threads.
+    """
+    step, mixes = _record(at), work + 4 * R * C
+    fresh, before = floats(work, (R, C)), floats(shift, (R, C))
+    _norm(x, step, fresh)
+    for m in range(count):
+        shares = floats(step.vectors[share + m], (C,))
+        _mix(fresh, before, shares, floats(mixes + 4 * R * C * m, (R, C)))
+    _copy(fresh, before)
+    return _multiply(at, 0, count, R, mixes, outputs, tasks)
+
+
 # The kernels, all of one form. They take the numbers of rows and channels, the addresses of x
 # (R, C), of the half's record and of memory to work in, and the number of threads; they give 1.
 # An exception in one ends in a 0 by numba (`address_of`), and so does one in what they call.
@@ -282,46 +308,33 @@ def attend(R, C, projected, at, outputs, tasks):
 def time_mix(R, C, x, at, work, tasks):
     """``x + TimeMix(norm(x))``."""
     step, x, block = _record(at), floats(x, (R, C)), 4 * R * C
-    inputs, outputs = work + block, work + 4 * block
-    fresh, shift = floats(work, (R, C)), floats(step.states[1], (R, C))
-    _norm(x, step, fresh)
-    for m in range(3):
-        share = floats(step.vectors[2 + m], (C,))
-        _mix(fresh, shift, share, floats(inputs + m * block, (R, C)))
-    if not _multiply(at, 0, 3, R, inputs, outputs, tasks):
+    projected = work + 4 * block
+    if not _project_mixes(R, C, x, at, step.states[1], 2, 3, work, projected, tasks):
         return 0
-    _copy(fresh, shift)
-    decay, first = floats(inputs, (C,)), floats(step.vectors[1], (C,))
+    decay, first = floats(work, (C,)), floats(step.vectors[1], (C,))
     _write_log_decay(floats(step.vectors[0], (C,)), decay)
-    key, value = floats(outputs, (R, C)), floats(outputs + block, (R, C))
-    sums, mixed = floats(step.states[0], (R, 3, C)), fresh
+    key, value = floats(projected, (R, C)), floats(projected + block, (R, C))
+    sums, mixed = floats(step.states[0], (R, 3, C)), floats(work + block, (R, C))
     for r in range(R):
         next_token(key[r], value[r], decay, first, sums[r], mixed[r])
-    _gate(floats(outputs + 2 * block, (R, C)), mixed)
-    if not _multiply(at, 3, 1, R, work, outputs, tasks):
+    _gate(floats(projected + 2 * block, (R, C)), mixed)
+    if not _multiply(at, 3, 1, R, work + block, work, tasks):
         return 0
-    _add(x, floats(outputs, (R, C)))
+    _add(x, floats(work, (R, C)))
     return 1
 
 
 def channel_mix(R, C, x, at, work, tasks):
     """``x + ChannelMix(norm(x))``."""
-    step, x, block = _record(at), floats(x, (R, C)), 4 * R * C
-    inputs, outputs = work + block, work + 3 * block
-    fresh, shift = floats(work, (R, C)), floats(step.states[0], (R, C))
-    _norm(x, step, fresh)
-    for m in range(2):
-        share = floats(step.vectors[m], (C,))
-        _mix(fresh, shift, share, floats(inputs + m * block, (R, C)))
-    if not _multiply(at, 0, 2, R, inputs, outputs, tasks):
+    step, x = _record(at), floats(x, (R, C))
+    F, projected = step.width, work + 12 * R * C
+    if not _project_mixes(R, C, x, at, step.states[0], 0, 2, work, projected, tasks):
         return 0
-    _copy(fresh, shift)
-    F = step.width
-    _apply_squared_relu(floats(outputs, (R, F)))
-    if not _multiply(at, 2, 1, R, outputs, work, tasks):
+    _apply_squared_relu(floats(projected, (R, F)))
+    if not _multiply(at, 2, 1, R, projected, work, tasks):
         return 0
     values = floats(work, (R, C))
-    _gate(floats(outputs + 4 * R * F, (R, C)), values)
+    _gate(floats(projected + 4 * R * F, (R, C)), values)
     _add(x, values)
     return 1
 
