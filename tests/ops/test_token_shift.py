@@ -233,6 +233,18 @@ def test_strides_of_x_and_of_gradients_do_not_matter(name: str):
 
 
 @pytest.mark.parametrize("name", TOKEN_SHIFT_MIX.names)
+def test_strides_of_the_gradient_of_the_last_state_do_not_matter(name: str):
+    x, state, *shares = draw_mix(3, 4, 5, 2, make_generator(6))
+    state.requires_grad_()
+    mask = torch.tensor([[False] * 4, [True] * 4, [False] * 4])
+    weights = torch.randn(5, 3, generator=make_generator(7), dtype=torch.float64)
+    with use_implementation(token_shift_mix=name):
+        _, last = token_shift_mix(x, shares, state, mask=mask)
+    (grad,) = torch.autograd.grad((last.T * weights).sum(), state)
+    assert torch.equal(grad, weights.T * torch.tensor([[1], [0], [1]]))
+
+
+@pytest.mark.parametrize("name", TOKEN_SHIFT_MIX.names)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_mixes_come_in_the_dtype_of_the_next_product(name: str, autocast: bool):
     inputs = draw_mix(2, 7, 5, 2, make_generator(7))

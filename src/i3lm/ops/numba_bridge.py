@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, overload, typeof_impl
 from torch import Tensor
 
 _asked = torch.get_num_threads()
@@ -25,10 +26,43 @@ _matched = threading.local()  # as numba's own number is
 # Sums may be reordered and products contracted; NaN and infinity keep their meaning, so that a
 # diverged run shows as one.
 FAST: set[str] = {"reassoc", "contract", "nsz", "arcp", "afn"}
-compiled: Any = partial(njit, parallel=True, fastmath=FAST, cache=True, error_model="numpy")
+
+# numba's own pool of threads, which serves where neither OpenMP nor TBB is found, ends the process
+# that launches two kernels at once.
+_turn = threading.Lock() if numba.threading_layer() == "workqueue" else None
+
+
+class _InTurn:
+    """A kernel that Python threads call one after the other; other kernels call it as it is."""
+
+    def __init__(self, kernel: Any, turn: threading.Lock) -> None:
+        self.kernel, self.turn = kernel, turn
+
+    def __call__(self, *arguments: Any) -> Any:
+        with self.turn:
+            return self.kernel(*arguments)
+
+
+@typeof_impl.register(_InTurn)
+def _type_in_turn(function: _InTurn, context: Any) -> Any:
+    return types.Dispatcher(function.kernel)
+
+
+def _kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a decorator that compiles a function which Python may call."""
+
+    def compile_(function: Callable[..., Any]) -> Any:
+        kernel = njit(**options, cache=True, error_model="numpy")(function)
+        return kernel if _turn is None else _InTurn(kernel, _turn)
+
+    return compile_
+
+
+compiled: Any = partial(_kernel, parallel=True, fastmath=FAST)
 # For loops that write what they compute (benchmarks/NOTES.md, the first trap).
-as_written: Any = partial(njit, parallel=True, fastmath=False, cache=True, error_model="numpy")
-serial: Any = partial(njit, fastmath=FAST, cache=True, error_model="numpy")
+as_written: Any = partial(_kernel, parallel=True, fastmath=False)
+# Such a function may launch others.
+serial: Any = partial(_kernel, fastmath=FAST)
 inlined: Any = partial(njit, inline="always", fastmath=FAST, error_model="numpy")
 
 _LOG2_E = np.float32(1.4426950408889634)
@@ -101,14 +135,32 @@ def match_threads() -> int:
 
 
 def as_arrays(*tensors: Tensor | None) -> list[np.ndarray]:
-    """The tensors as contiguous arrays, bfloat16 as its bits; None becomes an empty (0, 0) mark."""
-    nothing = np.zeros((0, 0), np.bool_)
-    return [nothing if x is None else as_array(bits_of(x)) for x in tensors]
+    """The tensors as contiguous arrays, bfloat16 as its bits; None becomes an empty (0, 0) mark.
+
+    For what a kernel reads. A tensor that is not contiguous is copied, and what a kernel wrote
+    there would be lost: the arrays are read-only, and numba compiles no kernel that writes one.
+    """
+    return [_NOTHING if x is None else _array(x.contiguous(), read_only=True) for x in tensors]
 
 
-def as_array(tensor: Tensor) -> np.ndarray:
-    """The tensor as a contiguous array, over the same memory where it is contiguous itself."""
-    return np.asarray(_Memory(tensor.contiguous()))
+def targets(*tensors: Tensor) -> list[np.ndarray]:
+    """The tensors as arrays that a kernel writes, over their own memory; bfloat16 as its bits.
+
+    Raises:
+        ValueError: A tensor is not contiguous.
+    """
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"a kernel cannot write a tensor of shape {tuple(tensor.shape)} with strides "
+                f"{tensor.stride()}: it must be contiguous"
+            )
+    return [_array(tensor, read_only=False) for tensor in tensors]
+
+
+def _array(tensor: Tensor, *, read_only: bool) -> np.ndarray:
+    bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    return np.asarray(_Memory(bits, read_only))
 
 
 class _Memory:
@@ -120,10 +172,10 @@ class _Memory:
 
     __slots__ = ("__array_interface__", "tensor")
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, read_only: bool) -> None:
         self.tensor = tensor  # as long as the array lives
         self.__array_interface__ = {
-            "data": (tensor.data_ptr(), False),
+            "data": (tensor.data_ptr(), read_only),
             "shape": tuple(tensor.shape),
             "typestr": _type_of(tensor.dtype),
             "version": 3,
@@ -134,6 +186,10 @@ class _Memory:
 def _type_of(dtype: torch.dtype) -> str:
     """What NumPy calls a type."""
     return np.dtype(str(dtype).removeprefix("torch.")).str
+
+
+_NOTHING = np.zeros((0, 0), np.bool_)
+_NOTHING.flags.writeable = False  # as the marks are in whose place it stands
 
 
 def exp(x: Any) -> Any:
@@ -228,8 +284,3 @@ def store(target, work, row):
     """Copies the beginning of a row of the working array into a vector, perhaps of bfloat16."""
     for i in range(target.shape[0]):
         target[i] = written(work[row, i], target[i])
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """The tensor as numba can take it: bfloat16 as its bits, all others as they are."""
-    return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor

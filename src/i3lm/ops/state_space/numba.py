@@ -14,7 +14,15 @@ from numba import prange
 from torch import Tensor
 
 from i3lm.ops.linear import linear
-from i3lm.ops.numba_bridge import as_arrays, compiled, inlined, load, match_threads, store
+from i3lm.ops.numba_bridge import (
+    as_arrays,
+    compiled,
+    inlined,
+    load,
+    match_threads,
+    store,
+    targets,
+)
 
 _BLOCK = 128  # channels per task
 
@@ -159,8 +167,9 @@ def _hidden_states(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s_{t-1} as each step finds it, s_t (both (B, T, N)), and the last s (B, N)."""
     u = linear(x, B)
-    before, states, last = torch.empty_like(u), torch.empty_like(u), hidden.new_empty(hidden.shape)
-    _hidden_forward(*as_arrays(u, A, hidden, reset, mask, before, states, last))
+    before, states = u.new_empty(u.shape), u.new_empty(u.shape)
+    last = hidden.new_empty(hidden.shape)
+    _hidden_forward(*as_arrays(u, A, hidden, reset, mask), *targets(before, states, last))
     return before, states, last
 
 
@@ -181,7 +190,7 @@ def state_space_numba(
     match_threads()
     _, states, last_hidden = _hidden_states(x, A, B, hidden, reset, mask)
     y = linear(states, C)
-    _average_forward(*as_arrays(x, mix, D, average, reset, mask, y, last_average))
+    _average_forward(*as_arrays(x, mix, D, average, reset, mask), *targets(y, last_average))
     return y, torch.cat([last_average, last_hidden], dim=1)
 
 
@@ -206,14 +215,14 @@ def state_space_numba_backward(
         grad_output = grad_output.masked_fill(~mask[..., None], 0)
     match_threads()
     before, states, _ = _hidden_states(x, A, B, hidden, reset, mask)
-    adjoints, start_hidden = torch.empty_like(states), hidden.new_empty(hidden.shape)
-    _hidden_backward(
-        *as_arrays(linear(grad_output, C.T), A.T, reset, mask, grad_hidden, adjoints, start_hidden)
-    )
+    adjoints, start_hidden = states.new_empty(states.shape), hidden.new_empty(hidden.shape)
+    inputs = (linear(grad_output, C.T), A.T, reset, mask, grad_hidden)
+    _hidden_backward(*as_arrays(*inputs), *targets(adjoints, start_hidden))
     grad_x, start_average = linear(adjoints, B.T), average.new_empty(average.shape)
     grad_mix, grad_D = (x.new_empty(x.shape[0], x.shape[2]) for _ in range(2))
     inputs = (x, mix, D, average, reset, mask, grad_output, grad_average)
-    _average_backward(*as_arrays(*inputs, grad_x, grad_mix, grad_D, start_average))
+    results = (grad_x, grad_mix, grad_D, start_average)
+    _average_backward(*as_arrays(*inputs), *targets(*results))
     flat = adjoints.flatten(0, 1)
     return (
         grad_x,

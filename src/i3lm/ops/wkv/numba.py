@@ -24,6 +24,7 @@ from i3lm.ops.numba_bridge import (
     match_threads,
     serial,
     store,
+    targets,
 )
 from i3lm.ops.wkv.reference import EMPTY_EXPONENT
 
@@ -212,7 +213,8 @@ def wkv_numba(
     output, final = key.new_empty(key.shape), state.new_empty(state.shape)
     match_threads()
     time_decay = time_decay.clamp_min(FASTEST)
-    _forward(*as_arrays(key, value, time_decay, time_first, state, reset, mask, output, final))
+    inputs = (key, value, time_decay, time_first, state, reset, mask)
+    _forward(*as_arrays(*inputs), *targets(output, final))
     return output, final
 
 
@@ -235,5 +237,5 @@ def wkv_numba_backward(
     time_decay = time_decay.clamp_min(FASTEST)
     inputs = (key, value, time_decay, time_first, state, reset, mask, grad_output, grad_state)
     results = (grad_key, grad_value, grad_decay, grad_first, grad_start)
-    _backward(*as_arrays(*inputs, *results))
+    _backward(*as_arrays(*inputs), *targets(*results))
     return grad_key, grad_value, grad_decay.sum(0), grad_first.sum(0), grad_start
