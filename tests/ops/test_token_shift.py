@@ -283,6 +283,26 @@ def test_half_precision_is_left_to_pytorch():
     assert {t.dtype for t in mix(x, state, *shares)} == {torch.float16}
 
 
+def test_half_precision_is_left_to_pytorch_under_autocast():
+    x, state, *shares = (t.half() for t in draw_mix(2, 200, 256, 2, make_generator(10)))
+    with torch.autocast("cpu", torch.bfloat16):
+        *mixes, last = mix(x, state, *shares)
+    assert ({m.dtype for m in mixes}, last.dtype) == ({torch.bfloat16}, torch.float16)
+
+
+@pytest.mark.parametrize("name", TOKEN_SHIFT_MIX.names)
+def test_marks_may_be_numbers(name: str):
+    x, state, *shares = draw_mix(2, 9, 3, 2, make_generator(13))
+    marks = draw_marks("reset and mask", 2, 9, make_generator(13))
+    numbers = {key: mark.long() for key, mark in marks.items()}
+    with use_implementation(token_shift_mix=name):
+        for got, expected in zip(
+            mix(x, state, *shares, **numbers), mix(x, state, *shares, **marks), strict=True
+        ):
+            assert torch.equal(got, expected)
+    assert torch.equal(token_shift(x, state, **numbers)[0], token_shift(x, state, **marks)[0])
+
+
 def test_only_wanted_inputs_are_kept_and_only_x_of_full_size():
     x, *shares = (torch.randn(s, requires_grad=True) for s in ((1, 300, 256), (256,), (256,)))
     assert x.numel() >= FEW_NUMBERS

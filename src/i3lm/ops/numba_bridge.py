@@ -106,7 +106,7 @@ def address_of(function: Any) -> int:
     """
     count = function.__code__.co_argcount
     signature = types.int64(*[types.int64] * count)
-    compiled_function = numba.cfunc(signature, cache=True)(function)
+    compiled_function: Any = numba.cfunc(signature, cache=True)(function)
     _functions.append(compiled_function)  # else its code would be freed
     return int(compiled_function.address)
 
@@ -140,7 +140,11 @@ def as_arrays(*tensors: Tensor | None) -> list[np.ndarray]:
     For what a kernel reads. A tensor that is not contiguous is copied, and what a kernel wrote
     there would be lost: the arrays are read-only, and numba compiles no kernel that writes one.
     """
-    return [_NOTHING if x is None else _array(x.contiguous(), read_only=True) for x in tensors]
+    nothing = np.zeros((0, 0), np.bool_)
+    arrays = [nothing if x is None else _array(x.contiguous()) for x in tensors]
+    for array in arrays:
+        array.setflags(write=False)
+    return arrays
 
 
 def targets(*tensors: Tensor) -> list[np.ndarray]:
@@ -155,12 +159,12 @@ def targets(*tensors: Tensor) -> list[np.ndarray]:
                 f"a kernel cannot write a tensor of shape {tuple(tensor.shape)} with strides "
                 f"{tensor.stride()}: it must be contiguous"
             )
-    return [_array(tensor, read_only=False) for tensor in tensors]
+    return [_array(tensor) for tensor in tensors]
 
 
-def _array(tensor: Tensor, *, read_only: bool) -> np.ndarray:
+def _array(tensor: Tensor) -> np.ndarray:
     bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-    return np.asarray(_Memory(bits, read_only))
+    return np.asarray(_Memory(bits))
 
 
 class _Memory:
@@ -172,10 +176,10 @@ class _Memory:
 
     __slots__ = ("__array_interface__", "tensor")
 
-    def __init__(self, tensor: Tensor, read_only: bool) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor  # as long as the array lives
         self.__array_interface__ = {
-            "data": (tensor.data_ptr(), read_only),
+            "data": (tensor.data_ptr(), False),
             "shape": tuple(tensor.shape),
             "typestr": _type_of(tensor.dtype),
             "version": 3,
@@ -186,10 +190,6 @@ class _Memory:
 def _type_of(dtype: torch.dtype) -> str:
     """What NumPy calls a type."""
     return np.dtype(str(dtype).removeprefix("torch.")).str
-
-
-_NOTHING = np.zeros((0, 0), np.bool_)
-_NOTHING.flags.writeable = False  # as the marks are in whose place it stands
 
 
 def exp(x: Any) -> Any:

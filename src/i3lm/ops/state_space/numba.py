@@ -216,8 +216,10 @@ def state_space_numba_backward(
     match_threads()
     before, states, _ = _hidden_states(x, A, B, hidden, reset, mask)
     adjoints, start_hidden = states.new_empty(states.shape), hidden.new_empty(hidden.shape)
-    inputs = (linear(grad_output, C.T), A.T, reset, mask, grad_hidden)
-    _hidden_backward(*as_arrays(*inputs), *targets(adjoints, start_hidden))
+    grad_states = linear(grad_output, C.T)
+    _hidden_backward(
+        *as_arrays(grad_states, A.T, reset, mask, grad_hidden), *targets(adjoints, start_hidden)
+    )
     grad_x, start_average = linear(adjoints, B.T), average.new_empty(average.shape)
     grad_mix, grad_D = (x.new_empty(x.shape[0], x.shape[2]) for _ in range(2))
     inputs = (x, mix, D, average, reset, mask, grad_output, grad_average)

@@ -149,5 +149,4 @@ def _inputs(
 ) -> list[np.ndarray]:
     precise = torch.stack([share.to(accumulation_dtype(x.dtype)) for share in shares])
     state = x.new_zeros(x.shape[0], x.shape[2]) if state is None else state.to(x.dtype)
-    marks = [None if mark is None else mark.bool() for mark in (reset, mask)]
-    return as_arrays(x, precise, state, *marks)
+    return as_arrays(x, precise, state, reset, mask)
