@@ -2,8 +2,9 @@
 
 The running average goes channel by channel (one task per batch row and block of channels), the
 hidden state row by row of the batch (a step is one small matrix times a vector). The large
-matrices around them stay PyTorch's matrix products. The backward pass recomputes the running
-average block by block and runs the adjoints in one sweep each.
+matrices around them stay PyTorch's matrix products. The backward pass keeps the running
+average before every stretch of time alone, computes those of one stretch again when it comes to it,
+and runs the adjoints in one sweep each.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from i3lm.ops.linear import linear
 from i3lm.ops.numba_bridge import (
+    AHEAD,
     as_arrays,
     compiled,
+    fetch,
     inlined,
     load,
     match_threads,
@@ -25,6 +28,7 @@ from i3lm.ops.numba_bridge import (
 )
 
 _BLOCK = 128  # channels per task
+_STRETCH = 64  # steps whose averages the backward pass holds at one time
 
 
 # Rows of a task's working array; loops run over all of `_BLOCK`, a length that the compiler knows.
@@ -56,6 +60,9 @@ def _average_forward(x, mix, D, start, reset, mask, y, final):
             if mask.size and not mask[b, t]:
                 y[b, t, low:high] = 0
                 continue
+            ahead = min(t + AHEAD, T - 1)
+            fetch(x[b, ahead, low:high])
+            fetch(y[b, ahead, low:high])
             load(work, _X, x[b, t, low:high])
             load(work, _Y, y[b, t, low:high])
             _mix_in(work)
@@ -65,36 +72,56 @@ def _average_forward(x, mix, D, start, reset, mask, y, final):
         store(final[b, low:high], work, _AVERAGE)
 
 
+@inlined()
+def _walk(work, x, reset, mask, b, channels, begin, end, averages):
+    """Mixes in a stretch of time; `averages` becomes what each step finds."""
+    for t in range(begin, end):
+        if reset.size and reset[b, t]:
+            work[_AVERAGE] = 0
+        store(averages[t - begin], work, _AVERAGE)
+        if not mask.size or mask[b, t]:
+            fetch(x[b, min(t + AHEAD, x.shape[1] - 1), channels])
+            load(work, _X, x[b, t, channels])
+            _mix_in(work)
+
+
 @compiled()
 def _average_backward(
     x, mix, D, start, reset, mask, grad_y, grad_final, grad_x, grad_mix, grad_D, grad_start
 ):
     """Adds to grad_x; writes the rest."""
     B, T, C = x.shape
-    blocks = (C + _BLOCK - 1) // _BLOCK
+    blocks, stretches = (C + _BLOCK - 1) // _BLOCK, (T + _STRETCH - 1) // _STRETCH
     for task in prange(B * blocks):
         b, low = task // blocks, (task % blocks) * _BLOCK
         high = min(low + _BLOCK, C)
         work = np.zeros((10, _BLOCK), x.dtype)
-        averages = np.empty((T, _BLOCK), x.dtype)  # h as each step finds it
+        starts = np.empty((stretches, _BLOCK), x.dtype)  # the average before every stretch
+        averages = np.empty((_STRETCH, _BLOCK), x.dtype)
         load(work, _MIX, mix[low:high])
         load(work, _D, D[low:high])
         load(work, _AVERAGE, start[b, low:high])
-        for t in range(T):
-            if reset.size and reset[b, t]:
-                work[_AVERAGE] = 0
-            store(averages[t], work, _AVERAGE)
-            if not mask.size or mask[b, t]:
-                load(work, _X, x[b, t, low:high])
-                _mix_in(work)
+        for stretch in range(stretches):
+            begin = stretch * _STRETCH
+            end = min(begin + _STRETCH, T)
+            store(starts[stretch], work, _AVERAGE)
+            _walk(work, x, reset, mask, b, slice(low, high), begin, end, averages)
         load(work, _ADJOINT, grad_final[b, low:high])
         for step in range(T):
             t = T - 1 - step
+            stretch = t // _STRETCH
+            begin, end = stretch * _STRETCH, t + 1
+            if step and end - begin == _STRETCH:  # the averages of the last stretch are there
+                load(work, _AVERAGE, starts[stretch])
+                _walk(work, x, reset, mask, b, slice(low, high), begin, end, averages)
             if not mask.size or mask[b, t]:
+                ahead = max(t - AHEAD, 0)
+                fetch(grad_y[b, ahead, low:high])
+                fetch(grad_x[b, ahead, low:high])
                 load(work, _X, x[b, t, low:high])
                 load(work, _Y, grad_y[b, t, low:high])
                 load(work, _GRAD_X, grad_x[b, t, low:high])
-                load(work, _BEFORE, averages[t])
+                load(work, _BEFORE, averages[t - begin])
                 for i in range(_BLOCK):
                     m, d, g = work[_MIX, i], work[_D, i], work[_Y, i]
                     gap = work[_BEFORE, i] - work[_X, i]
