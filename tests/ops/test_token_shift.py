@@ -283,8 +283,9 @@ def test_half_precision_is_left_to_pytorch():
     assert {t.dtype for t in mix(x, state, *shares)} == {torch.float16}
 
 
-def test_half_precision_is_left_to_pytorch_under_autocast():
-    x, state, *shares = (t.half() for t in draw_mix(2, 200, 256, 2, make_generator(10)))
+@pytest.mark.parametrize("T", [5, 200])  # few numbers, and many
+def test_half_precision_is_left_to_pytorch_under_autocast(T: int):
+    x, state, *shares = (t.half() for t in draw_mix(2, T, 256, 2, make_generator(10)))
     with torch.autocast("cpu", torch.bfloat16):
         *mixes, last = mix(x, state, *shares)
     assert ({m.dtype for m in mixes}, last.dtype) == ({torch.bfloat16}, torch.float16)

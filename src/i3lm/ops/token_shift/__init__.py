@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from i3lm.ops.dispatch import (
     Implementation,
     Op,
+    full_precision,
     numba_refuses_bits,
     product_dtype,
     runs_directly,
@@ -46,7 +47,8 @@ def token_shift(
     before = inputs.new_zeros(B, 1, C) if state is None else state.to(inputs.dtype).unsqueeze(1)
     if mask is None and reset is None and T == 1:  # a step of decoding
         return before, inputs[:, 0]
-    history = torch.cat([before, inputs], dim=1)  # (B, T + 1, C): history[:, t] precedes token t
+    with full_precision(inputs.device):  # autocast to bfloat16 concatenates no float16
+        history = torch.cat([before, inputs], dim=1)  # (B, T + 1, C): history[:, t] precedes t
     if mask is None:
         shifted, last = history[:, :-1], history[:, -1]
     else:
