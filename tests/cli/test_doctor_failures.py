@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -30,3 +31,18 @@ def test_a_kernel_that_raises_is_reported_and_the_others_are_still_checked(
     else:
         assert "FAILED: RuntimeError: the kernel broke" in printed
         assert "agrees with the reference" in printed
+
+
+def test_a_kernel_that_gives_nan_has_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(self_check, "largest_difference", lambda *_: math.inf)
+    monkeypatch.setattr("i3lm.cli.doctor._speed", dict)
+    with pytest.raises(KernelError, match=r"wkv/scan, wkv/reference.*fails or disagrees"):
+        doctor.doctor(json=True)
+    printed = capsys.readouterr().out
+    assert "Infinity" not in printed
+    facts = json.loads(printed)
+    failure = {"failed": "gives NaN or infinity", "passed": False}
+    assert facts["kernels"]["wkv"]["checks"]["reference"] == failure
+    assert facts["versions"]["numba_threading_layer"] in ("omp", "tbb", "workqueue")

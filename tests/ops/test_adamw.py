@@ -142,14 +142,27 @@ def test_bfloat16_averages_are_right_on_average(implementation: str):
 
 def test_what_does_not_fit_is_refused():
     p, g, m, v = ([torch.zeros(3, 4)] for _ in range(4))
-    with pytest.raises(ValueError, match=r"gradient 0 \(\(4, 3\)\) must have .* shape \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"gradients\[0\] \(\(4, 3\)\) must have .* \(3, 4\)"):
         adamw_step(p, [torch.zeros(4, 3)], m, v, [settings_of(1)])
+    for few in (0, 1):
+        with pytest.raises(ValueError, match=rf"settings \({few}\) must be as many as .* \(2\)"):
+            adamw_step(p * 2, g * 2, m * 2, v * 2, [settings_of(1)] * few)
+    with pytest.raises(ValueError, match=r"averages \(2\) must be as many as .* \(1\)"):
+        adamw_step(p, g, m * 2, v, [settings_of(1)])
     with use_implementation(adamw_step="numba"):
         with pytest.raises(
             ValueError,
             match=r"must be contiguous torch\.float32 on the CPU, not .* \(1, 3\)",
         ):
             adamw_step([torch.zeros(4, 3).T], g, m, v, [settings_of(1)])
-        with pytest.raises(ValueError, match=r"must be float32 or bfloat16, not torch\.float16"):
-            adamw_step(p, [g[0].half()], m, v, [settings_of(1)])
+        half, elsewhere = g[0].half(), g[0].to("meta")
+        for wrong, named in ((half, "float16 on cpu"), (elsewhere, "float32 on meta")):
+            message = rf"must be float32 or bfloat16 on the CPU, not torch\.{named}"
+            with pytest.raises(ValueError, match=message):
+                adamw_step(p, [wrong], m, v, [settings_of(1)])
+            with (
+                use_implementation(gradient_norm="numba"),
+                pytest.raises(ValueError, match=message),
+            ):
+                gradient_norm([*g, wrong])
     assert p[0].count_nonzero() == 0

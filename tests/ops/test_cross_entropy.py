@@ -183,3 +183,10 @@ def test_small_shares_do_not_underflow_in_float16(N: int):
         # tokens are in no label, so that small shares are all that they have.
         error = (found - exact).norm(dim=1) / exact.norm(dim=1)
         assert error.max() < 0.02
+
+
+def test_double_precision_is_kept_under_autocast():
+    tensors, labels = draw(6, 3, 11, has_bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = loss_of(tensors, labels)
+    torch.testing.assert_close(got, plain_loss(tensors, labels), rtol=1e-12, atol=0)

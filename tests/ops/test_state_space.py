@@ -101,7 +101,15 @@ def test_two_steps_by_hand(name: str, dtype: torch.dtype):
 @pytest.mark.parametrize("marks", MARKS)
 @pytest.mark.parametrize(
     ("B", "T", "C", "N"),
-    [(2, 0, 3, 2), (2, 1, 3, 2), (3, 2, 1, 1), (1, 63, 5, 3), (2, 64, 3, 7), (3, 65, 2, 5)],
+    [
+        (0, 3, 2, 2),
+        (2, 0, 3, 2),
+        (2, 1, 3, 2),
+        (3, 2, 1, 1),
+        (1, 63, 5, 3),
+        (2, 64, 3, 7),
+        (3, 65, 2, 5),
+    ],
 )
 def test_agrees_with_the_reference(
     name: str,
@@ -285,6 +293,19 @@ def test_runs_in_float32_whatever_the_inputs(name: str, dtype: torch.dtype, tole
     expected, last_expected = state_space(*truth, implementation="reference")
     assert_close(output, expected, tolerance)
     assert_close(last, last_expected, 1e-5)  # in float32 in all cases
+
+
+@pytest.mark.parametrize("name", ["scan", "reference"])
+@pytest.mark.parametrize("is_differentiated", [False, True])
+def test_shapes_without_numbers_come_out_on_meta(name: str, is_differentiated: bool):
+    inputs = [
+        x.to("meta").requires_grad_(is_differentiated)
+        for x in draw(torch.float32, 2, 5, 3, 4, make_generator(9))
+    ]
+    output, state = state_space(*inputs, implementation=name)
+    assert (output.device.type, output.shape, state.shape) == ("meta", (2, 5, 3), (2, 7))
+    if is_differentiated:
+        assert torch.autograd.grad(output.sum(), inputs)[0].shape == (2, 5, 3)
 
 
 @pytest.mark.parametrize("name", [name for name, dtype in CASES if dtype == torch.float64])

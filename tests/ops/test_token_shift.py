@@ -233,6 +233,18 @@ def test_strides_of_x_and_of_gradients_do_not_matter(name: str):
 
 
 @pytest.mark.parametrize("name", TOKEN_SHIFT_MIX.names)
+def test_strides_of_the_gradient_of_the_last_state_do_not_matter(name: str):
+    x, state, *shares = draw_mix(3, 4, 5, 2, make_generator(6))
+    state.requires_grad_()
+    mask = torch.tensor([[False] * 4, [True] * 4, [False] * 4])
+    weights = torch.randn(5, 3, generator=make_generator(7), dtype=torch.float64)
+    with use_implementation(token_shift_mix=name):
+        _, last = token_shift_mix(x, shares, state, mask=mask)
+    (grad,) = torch.autograd.grad((last.T * weights).sum(), state)
+    assert torch.equal(grad, weights.T * torch.tensor([[1], [0], [1]]))
+
+
+@pytest.mark.parametrize("name", TOKEN_SHIFT_MIX.names)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_mixes_come_in_the_dtype_of_the_next_product(name: str, autocast: bool):
     inputs = draw_mix(2, 7, 5, 2, make_generator(7))
@@ -269,6 +281,27 @@ def test_double_precision_is_kept_under_autocast():
 def test_half_precision_is_left_to_pytorch():
     x, state, *shares = (t.half() for t in draw_mix(2, 200, 256, 2, make_generator(10)))
     assert {t.dtype for t in mix(x, state, *shares)} == {torch.float16}
+
+
+@pytest.mark.parametrize("T", [5, 200])  # few numbers, and many
+def test_half_precision_is_left_to_pytorch_under_autocast(T: int):
+    x, state, *shares = (t.half() for t in draw_mix(2, T, 256, 2, make_generator(10)))
+    with torch.autocast("cpu", torch.bfloat16):
+        *mixes, last = mix(x, state, *shares)
+    assert ({m.dtype for m in mixes}, last.dtype) == ({torch.bfloat16}, torch.float16)
+
+
+@pytest.mark.parametrize("name", TOKEN_SHIFT_MIX.names)
+def test_marks_may_be_numbers(name: str):
+    x, state, *shares = draw_mix(2, 9, 3, 2, make_generator(13))
+    marks = draw_marks("reset and mask", 2, 9, make_generator(13))
+    numbers = {key: mark.long() for key, mark in marks.items()}
+    with use_implementation(token_shift_mix=name):
+        for got, expected in zip(
+            mix(x, state, *shares, **numbers), mix(x, state, *shares, **marks), strict=True
+        ):
+            assert torch.equal(got, expected)
+    assert torch.equal(token_shift(x, state, **numbers)[0], token_shift(x, state, **marks)[0])
 
 
 def test_only_wanted_inputs_are_kept_and_only_x_of_full_size():

@@ -137,7 +137,8 @@ def test_sign_of_the_bonus_is_the_opposite_of_rwkv_4(name: str, dtype: torch.dty
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("marks", MARKS)
 @pytest.mark.parametrize(
-    ("B", "T", "C"), [(2, 0, 3), (2, 1, 3), (3, 2, 1), (1, 63, 5), (2, 64, 3), (3, 65, 2)]
+    ("B", "T", "C"),
+    [(0, 3, 2), (2, 0, 3), (2, 1, 3), (3, 2, 1), (1, 63, 5), (2, 64, 3), (3, 65, 2)],
 )
 def test_agrees_with_the_reference(
     name: str,
@@ -353,6 +354,19 @@ def test_bfloat16_read_as_it_is_gives_the_numbers_of_float32(
     for got, wanted in zip([*results, *grads], [*expected, *expected_grads], strict=True):
         assert got.dtype == wanted.dtype
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["scan", "reference"])
+@pytest.mark.parametrize("is_differentiated", [False, True])
+def test_shapes_without_numbers_come_out_on_meta(name: str, is_differentiated: bool):
+    inputs = [
+        x.float().to("meta").requires_grad_(is_differentiated)
+        for x in draw(torch.float32, 2, 5, 3, seed=8)
+    ]
+    output, state = wkv(*inputs, implementation=name)
+    assert (output.device.type, output.shape, state.shape) == ("meta", (2, 5, 3), (2, 3, 3))
+    if is_differentiated:
+        assert torch.autograd.grad(output.sum(), inputs)[0].shape == (2, 5, 3)
 
 
 @pytest.mark.parametrize("name", [name for name, dtype in CASES if dtype == torch.float64])

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from i3lm.ops.dispatch import Implementation
+    from i3lm.ops.self_check import Check
 
 
 def doctor(json: bool = False) -> None:
@@ -51,7 +57,20 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+        if package == "numba":
+            found["numba_threading_layer"] = _threading_layer()
     return found
+
+
+def _threading_layer() -> str:
+    """What runs the threads of numba's kernels: omp, tbb, or its own slower workqueue."""
+    try:
+        import numba
+
+        import i3lm.ops.numba_bridge  # noqa: F401 (starts them)
+    except Exception as error:  # as `i3lm.ops.dispatch` has it, which goes on without numba
+        return f"none ({type(error).__name__}: {error})"
+    return numba.threading_layer()
 
 
 def _processor() -> dict[str, Any]:
@@ -103,39 +122,41 @@ def _median_seconds(run: Any, repeats: int = 7) -> float:
 
 def _kernels() -> dict[str, dict[str, Any]]:
     from i3lm.device import resolve_device
-    from i3lm.ops.self_check import CHECKS, largest_difference
+    from i3lm.ops.self_check import CHECKS
 
     device = resolve_device()
     found: dict[str, dict[str, Any]] = {}
     for name, check in CHECKS.items():
         choice = check.op.choose(device, check.dtype)
-        checks: dict[str, dict[str, Any]] = {}
-        for implementation in check.op.implementations:
-            refusal = implementation.refuses(device, check.dtype)
-            if refusal is not None:
-                checks[implementation.name] = {"refuses": refusal}
-                continue
-            try:
-                difference = largest_difference(name, implementation.name, device)
-            except Exception as error:  # a broken installation may raise anything: it is the answer
-                checks[implementation.name] = {
-                    "failed": f"{type(error).__name__}: {error}",
-                    "passed": False,
-                }
-                continue
-            checks[implementation.name] = {
-                "difference": difference,
-                "passed": difference <= check.tolerance,
-            }
         found[name] = {
             "device": str(device),
             "dtype": str(check.dtype).removeprefix("torch."),
             "chosen": choice.implementation.name,
             "reason": choice.reason,
             "tolerance": check.tolerance,
-            "checks": checks,
+            "checks": {
+                implementation.name: _check(check, implementation, device)
+                for implementation in check.op.implementations
+            },
         }
     return found
+
+
+def _check(check: Check, implementation: Implementation, device: torch.device) -> dict[str, Any]:
+    import math
+
+    from i3lm.ops.self_check import largest_difference
+
+    refusal = implementation.refuses(device, check.dtype)
+    if refusal is not None:
+        return {"refuses": refusal}
+    try:
+        difference = largest_difference(check.op.name, implementation.name, device)
+    except Exception as error:  # a broken installation may raise anything: it is the answer
+        return {"failed": f"{type(error).__name__}: {error}", "passed": False}
+    if not math.isfinite(difference):  # for which JSON has no word
+        return {"failed": "gives NaN or infinity", "passed": False}
+    return {"difference": difference, "passed": difference <= check.tolerance}
 
 
 def _print(facts: dict[str, Any]) -> None:

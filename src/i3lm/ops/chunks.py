@@ -21,7 +21,7 @@ def split_chunks(x: Tensor, length: int, fill: float = 0) -> Tensor:
     missing = -T % length
     if missing:
         x = torch.cat([x, x.new_full((B, missing, *x.shape[2:]), fill)], dim=1)
-    return x.reshape(B, -1, length, *x.shape[2:])
+    return x.reshape(B, x.shape[1] // length, length, *x.shape[2:])
 
 
 def join_chunks(x: Tensor, steps: int) -> Tensor:

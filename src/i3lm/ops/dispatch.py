@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 logger = logging.getLogger(__name__)
 
@@ -114,13 +115,16 @@ class Op:
 
         Args:
             x: The input.
-            dtype: What must be accepted besides the device of `x`.
+            dtype: The output's dtype, which must be accepted besides device and dtype of `x`.
         """
         plain = self.implementations[-1]
         if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
             return plain
         if x.numel() < FEW_NUMBERS and self.override is None:
             return plain
+        chosen = self._choose(x.device, x.dtype, None).implementation
+        if chosen is plain or dtype == x.dtype:
+            return chosen
         return self._choose(x.device, dtype, None).implementation
 
     def _choose(
@@ -253,13 +257,16 @@ def gradient_dtype(parameter: Tensor) -> torch.dtype | None:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a product of `x` with a matrix runs: autocast's, or its own."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    if x.dtype == torch.float64 or not is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Keeps autocast out of a recurrence, whose exponents and states need full precision."""
+    if not is_autocast_available(device.type):  # as for meta, where nothing is computed
+        yield
+        return
     with torch.autocast(device_type=device.type, enabled=False):
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils, event
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, overload, typeof_impl
 from torch import Tensor
 
 _asked = torch.get_num_threads()
@@ -26,10 +27,43 @@ _matched = threading.local()  # as numba's own number is
 # Sums may be reordered and products contracted; NaN and infinity keep their meaning, so that a
 # diverged run shows as one.
 FAST: set[str] = {"reassoc", "contract", "nsz", "arcp", "afn"}
-compiled: Any = partial(njit, parallel=True, fastmath=FAST, cache=True, error_model="numpy")
+
+# numba's own pool of threads, which serves where neither OpenMP nor TBB is found, ends the process
+# that launches two kernels at once.
+_turn = threading.Lock() if numba.threading_layer() == "workqueue" else None
+
+
+class _InTurn:
+    """A kernel that Python threads call one after the other; other kernels call it as it is."""
+
+    def __init__(self, kernel: Any, turn: threading.Lock) -> None:
+        self.kernel, self.turn = kernel, turn
+
+    def __call__(self, *arguments: Any) -> Any:
+        with self.turn:
+            return self.kernel(*arguments)
+
+
+@typeof_impl.register(_InTurn)
+def _type_in_turn(function: _InTurn, context: Any) -> Any:
+    return types.Dispatcher(function.kernel)
+
+
+def _kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a decorator that compiles a function which Python may call."""
+
+    def compile_(function: Callable[..., Any]) -> Any:
+        kernel = njit(**options, cache=True, error_model="numpy")(function)
+        return kernel if _turn is None else _InTurn(kernel, _turn)
+
+    return compile_
+
+
+compiled: Any = partial(_kernel, parallel=True, fastmath=FAST)
 # For loops that write what they compute (benchmarks/NOTES.md, the first trap).
-as_written: Any = partial(njit, parallel=True, fastmath=False, cache=True, error_model="numpy")
-serial: Any = partial(njit, fastmath=FAST, cache=True, error_model="numpy")
+as_written: Any = partial(_kernel, parallel=True, fastmath=False)
+# Such a function may launch others.
+serial: Any = partial(_kernel, fastmath=FAST)
 inlined: Any = partial(njit, inline="always", fastmath=FAST, error_model="numpy")
 
 logger = logging.getLogger(__name__)
@@ -122,14 +156,36 @@ def match_threads() -> int:
 
 
 def as_arrays(*tensors: Tensor | None) -> list[np.ndarray]:
-    """The tensors as contiguous arrays, bfloat16 as its bits; None becomes an empty (0, 0) mark."""
+    """The tensors as contiguous arrays, bfloat16 as its bits; None becomes an empty (0, 0) mark.
+
+    For what a kernel reads. A tensor that is not contiguous is copied, and what a kernel wrote
+    there would be lost: the arrays are read-only, and numba compiles no kernel that writes one.
+    """
     nothing = np.zeros((0, 0), np.bool_)
-    return [nothing if x is None else as_array(bits_of(x)) for x in tensors]
+    arrays = [nothing if x is None else _array(x.contiguous()) for x in tensors]
+    for array in arrays:
+        array.setflags(write=False)
+    return arrays
 
 
-def as_array(tensor: Tensor) -> np.ndarray:
-    """The tensor as a contiguous array, over the same memory where it is contiguous itself."""
-    return np.asarray(_Memory(tensor.contiguous()))
+def targets(*tensors: Tensor) -> list[np.ndarray]:
+    """The tensors as arrays that a kernel writes, over their own memory; bfloat16 as its bits.
+
+    Raises:
+        ValueError: A tensor is not contiguous.
+    """
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"a kernel cannot write a tensor of shape {tuple(tensor.shape)} with strides "
+                f"{tensor.stride()}: it must be contiguous"
+            )
+    return [_array(tensor) for tensor in tensors]
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    return np.asarray(_Memory(bits))
 
 
 class _Memory:
@@ -233,6 +289,36 @@ def copy(target, source):
         target[i] = written(widen(source[i]), target[i])
 
 
+def _type_fetch_line(typing_context: Any, array: Any, index: Any) -> tuple[Any, Any]:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, values[0])
+        place = builder.bitcast(builder.gep(view.data, [values[1]]), cgutils.voidptr_t)
+        integer = ir.IntType(32)
+        form = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, *[integer] * 3])
+        function = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0i8")
+        builder.call(function, [place, integer(0), integer(3), integer(1)])  # of data, to stay
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), generate
+
+
+_fetch_line: Any = intrinsic(_type_fetch_line)
+
+# So many steps ahead a walk through time fetches what it reads and writes.
+AHEAD = 4
+
+
+@inlined()
+def fetch(row):
+    """Has a vector brought into the cache for a later step.
+
+    The rows of one block of channels lie a page or so apart, where processors do not look ahead
+    by themselves, and each would be waited for.
+    """
+    for i in range(0, row.size, 64 // row.itemsize):  # a line has 64 bytes
+        _fetch_line(row, i)
+
+
 # A kernel keeps what one step touches as rows of one small array: a loop over many arrays that
 # might overlap does not vectorise (benchmarks/NOTES.md).
 
@@ -249,8 +335,3 @@ def store(target, work, row):
     """Copies the beginning of a row of the working array into a vector, perhaps of bfloat16."""
     for i in range(target.shape[0]):
         target[i] = written(work[row, i], target[i])
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """The tensor as numba can take it: bfloat16 as its bits, all others as they are."""
-    return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -206,7 +207,7 @@ CHECKS = {
 def largest_difference(op: str, implementation: str, device: torch.device | str = "cpu") -> float:
     """How far an implementation is from the op's plainest in float64, relative to each result.
 
-    Compares all outputs, final states and gradients.
+    Compares all outputs, final states and gradients. A NaN in any of them is infinitely far.
 
     Args:
         op: The op's name, a key of `CHECKS`.
@@ -221,7 +222,9 @@ def largest_difference(op: str, implementation: str, device: torch.device | str 
         expected = check.results(torch.device("cpu"), torch.float64)
     with use_implementation(**{op: implementation}):
         got = check.results(torch.device(device), check.dtype)
-    return max(
-        ((a.cpu() - b.cpu().double()).abs().max() / a.abs().max().clamp_min(1)).item()
+    differences = [
+        (a.cpu() - b.cpu().double()).abs().max() / a.abs().max().clamp_min(1)
         for a, b in zip(expected, got, strict=True)
-    )
+    ]
+    largest = torch.stack(differences).max().item()  # Python's own passes over NaN
+    return math.inf if math.isnan(largest) else largest

@@ -113,15 +113,23 @@ def adamw_step(
     """
     if not parameters:
         return
-    for name, group in (("gradient", gradients), ("average", averages), ("square", squares)):
-        for i, (p, x) in enumerate(zip(parameters, group, strict=True)):
-            if x.shape != p.shape:
-                raise ValueError(
-                    f"{name} {i} ({tuple(x.shape)}) must have its parameter's shape "
-                    f"{tuple(p.shape)}"
-                )
+    _check(parameters, gradients=gradients, averages=averages, squares=squares, settings=settings)
     implementation = _implementation(ADAMW_STEP, parameters[0])
     implementation.forward(parameters, gradients, averages, squares, settings, scale)
+
+
+def _check(parameters: Sequence[Tensor], **groups: Sequence[Any]) -> None:
+    for name, group in groups.items():
+        if len(group) != len(parameters):
+            raise ValueError(
+                f"{name} ({len(group)}) must be as many as the parameters ({len(parameters)})"
+            )
+        for i, (p, x) in enumerate(zip(parameters, group, strict=True)):
+            if name != "settings" and x.shape != p.shape:
+                raise ValueError(
+                    f"{name}[{i}] ({tuple(x.shape)}) must have its parameter's shape "
+                    f"{tuple(p.shape)}"
+                )
 
 
 def _implementation(op: Op, tensor: Tensor) -> Implementation:

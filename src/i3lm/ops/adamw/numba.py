@@ -139,8 +139,12 @@ def _where(*groups: Sequence[Tensor]) -> np.ndarray:
 def _readable(gradients: Sequence[Tensor]) -> tuple[list[Tensor], np.ndarray]:
     """The gradients as they can be read in order, and which of them are in bfloat16."""
     for gradient in gradients:
-        if gradient.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"a gradient must be float32 or bfloat16, not {gradient.dtype}")
+        narrow_or_not = gradient.dtype in (torch.float32, torch.bfloat16)
+        if gradient.device.type != "cpu" or not narrow_or_not:  # the kernel follows addresses
+            raise ValueError(
+                "a gradient must be float32 or bfloat16 on the CPU, "
+                f"not {gradient.dtype} on {gradient.device}"
+            )
     narrow = np.array([gradient.dtype == torch.bfloat16 for gradient in gradients])
     return [gradient.contiguous() for gradient in gradients], narrow
 
@@ -169,7 +173,6 @@ def adamw_step_numba(
         *((p, torch.float32) for p in parameters),
         *((x, kind) for x in (*averages, *squares)),
     ):
-        # The kernel follows addresses.
         if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
                 f"a tensor of shape {tuple(tensor.shape)} must be contiguous {dtype} on the CPU, "

@@ -16,6 +16,7 @@ from i3lm.ops.numba_bridge import (
     exp,
     inlined,
     match_threads,
+    targets,
     widen,
     written,
 )
@@ -73,6 +74,6 @@ def softmax_numba(
     scores: Tensor, first: Tensor | None, heads: int, before: int, scale: float
 ) -> Tensor:
     """Computes `softmax_torch` of contiguous bfloat16 on the CPU, in place of the scores."""
-    arrays = as_arrays(scores, first)
+    arrays = *targets(scores), *as_arrays(first)
     _softmax(*arrays, heads, before, np.float32(scale), match_threads())
     return scores

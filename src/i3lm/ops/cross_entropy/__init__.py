@@ -13,8 +13,10 @@ from i3lm.ops.dispatch import (
     Implementation,
     Op,
     accumulation_dtype,
+    full_precision,
     gradient_dtype,
     numba_refuses_bits,
+    product_dtype,
 )
 from i3lm.ops.linear import linear
 
@@ -89,9 +91,7 @@ def linear_cross_entropy(
                 f"label {int(wrong[0])} is outside the vocabulary: labels run from 0 to "
                 f"{weight.shape[0] - 1}, and {ignore_index} does not count"
             )
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    dtype = product_dtype(hidden)
     most = max(1, piece_bytes // (dtype.itemsize * weight.shape[0]))
     pieces = max(1, -(-hidden.shape[0] // most))
     rows = max(1, -(-hidden.shape[0] // pieces))  # equal pieces: no small one at the end
@@ -125,7 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # A compiler fuses the plain form itself.
         name = "reference" if torch.compiler.is_compiling() else None
         softmax_loss = SOFTMAX_LOSS.choose(hidden.device, dtype, name).implementation.forward
-        with torch.autocast(hidden.device.type, enabled=False):
+        with full_precision(hidden.device):
             narrow = weight.to(dtype)
             offset = None if bias is None else bias.to(precise)
             for start in range(0, hidden.shape[0], rows):

@@ -18,6 +18,7 @@ from i3lm.ops.numba_bridge import (
     compiled,
     exp,
     match_threads,
+    targets,
     widen,
     written,
 )
@@ -84,7 +85,8 @@ def softmax_loss_numba(
     offset = logits.new_empty(0, dtype=precise) if bias is None else bias
     columns = 0 if grad_bias is None else V
     bias_sums = logits.new_zeros(tasks, columns, dtype=precise)
-    _rows(*as_arrays(logits, offset, labels, scale, losses, bias_sums), wants_grad)
+    inputs = as_arrays(offset, labels, scale)
+    _rows(*targets(logits), *inputs, *targets(losses, bias_sums), wants_grad)
     if grad_bias is not None:
         grad_bias += bias_sums.sum(dim=0)
     return (losses,)

@@ -15,7 +15,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from i3lm.ops.numba_bridge import as_array, bits_of, compiled, inlined, match_threads
+from i3lm.ops.numba_bridge import as_arrays, compiled, inlined, match_threads, targets
 
 _BLOCK = 512  # entries at a time: one loop looks them up, the others vectorise
 _SIXTEEN = np.uint32(16)
@@ -61,9 +61,9 @@ def _look_up(x, table, value, derivative, tasks):
 
 def gelu_numba(x: Tensor, wants_derivative: bool) -> tuple[Tensor, Tensor]:
     """Gives GELU and, where it is wanted, its derivative (else nothing), in bfloat16."""
-    x = x.contiguous()
-    value = torch.empty_like(x)
-    derivative = torch.empty_like(x) if wants_derivative else x.new_empty(0)
-    numbers, *results = (as_array(bits_of(y)).reshape(-1) for y in (x, value, derivative))
-    _look_up(numbers, _table(), *results, match_threads())
+    value = x.new_empty(x.shape)
+    derivative = x.new_empty(x.shape if wants_derivative else 0)
+    (numbers,) = as_arrays(x)
+    results = (array.reshape(-1) for array in targets(value, derivative))
+    _look_up(numbers.reshape(-1), _table(), *results, match_threads())
     return value, derivative

@@ -6,7 +6,7 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from i3lm.ops.numba_bridge import as_arrays, as_written, match_threads, widen, written
+from i3lm.ops.numba_bridge import as_arrays, as_written, match_threads, targets, widen, written
 
 _PIECE = 8192  # numbers per task
 
@@ -39,7 +39,7 @@ def squared_relu_numba(x: Tensor) -> Tensor:
     """Computes ``max(x, 0)^2`` on the CPU."""
     output = x.new_empty(x.shape)
     match_threads()
-    _forward(*(array.reshape(-1) for array in as_arrays(x, output)))
+    _forward(*(array.reshape(-1) for array in (*as_arrays(x), *targets(output))))
     return output
 
 
@@ -47,5 +47,6 @@ def squared_relu_numba_backward(grad: Tensor, output: Tensor) -> tuple[Tensor]:
     """The gradient of the input, from that of the output and the output."""
     grad_x = output.new_empty(output.shape)
     match_threads()
-    _backward(*(array.reshape(-1) for array in as_arrays(grad, output, grad_x)))
+    arrays = (*as_arrays(grad, output), *targets(grad_x))
+    _backward(*(array.reshape(-1) for array in arrays))
     return (grad_x,)

@@ -2,8 +2,9 @@
 
 The running average goes channel by channel (one task per batch row and block of channels), the
 hidden state row by row of the batch (a step is one small matrix times a vector). The large
-matrices around them stay PyTorch's matrix products. The backward pass recomputes the running
-average block by block and runs the adjoints in one sweep each.
+matrices around them stay PyTorch's matrix products. The backward pass keeps the running
+average before every stretch of time alone, computes those of one stretch again when it comes to it,
+and runs the adjoints in one sweep each.
 """
 
 from __future__ import annotations
@@ -14,9 +15,20 @@ from numba import prange
 from torch import Tensor
 
 from i3lm.ops.linear import linear
-from i3lm.ops.numba_bridge import as_arrays, compiled, inlined, load, match_threads, store
+from i3lm.ops.numba_bridge import (
+    AHEAD,
+    as_arrays,
+    compiled,
+    fetch,
+    inlined,
+    load,
+    match_threads,
+    store,
+    targets,
+)
 
 _BLOCK = 128  # channels per task
+_STRETCH = 64  # steps whose averages the backward pass holds at one time
 
 
 # Rows of a task's working array; loops run over all of `_BLOCK`, a length that the compiler knows.
@@ -48,6 +60,9 @@ def _average_forward(x, mix, D, start, reset, mask, y, final):
             if mask.size and not mask[b, t]:
                 y[b, t, low:high] = 0
                 continue
+            ahead = min(t + AHEAD, T - 1)
+            fetch(x[b, ahead, low:high])
+            fetch(y[b, ahead, low:high])
             load(work, _X, x[b, t, low:high])
             load(work, _Y, y[b, t, low:high])
             _mix_in(work)
@@ -57,36 +72,56 @@ def _average_forward(x, mix, D, start, reset, mask, y, final):
         store(final[b, low:high], work, _AVERAGE)
 
 
+@inlined()
+def _walk(work, x, reset, mask, b, channels, begin, end, averages):
+    """Mixes in a stretch of time; `averages` becomes what each step finds."""
+    for t in range(begin, end):
+        if reset.size and reset[b, t]:
+            work[_AVERAGE] = 0
+        store(averages[t - begin], work, _AVERAGE)
+        if not mask.size or mask[b, t]:
+            fetch(x[b, min(t + AHEAD, x.shape[1] - 1), channels])
+            load(work, _X, x[b, t, channels])
+            _mix_in(work)
+
+
 @compiled()
 def _average_backward(
     x, mix, D, start, reset, mask, grad_y, grad_final, grad_x, grad_mix, grad_D, grad_start
 ):
     """Adds to grad_x; writes the rest."""
     B, T, C = x.shape
-    blocks = (C + _BLOCK - 1) // _BLOCK
+    blocks, stretches = (C + _BLOCK - 1) // _BLOCK, (T + _STRETCH - 1) // _STRETCH
     for task in prange(B * blocks):
         b, low = task // blocks, (task % blocks) * _BLOCK
         high = min(low + _BLOCK, C)
         work = np.zeros((10, _BLOCK), x.dtype)
-        averages = np.empty((T, _BLOCK), x.dtype)  # h as each step finds it
+        starts = np.empty((stretches, _BLOCK), x.dtype)  # the average before every stretch
+        averages = np.empty((_STRETCH, _BLOCK), x.dtype)
         load(work, _MIX, mix[low:high])
         load(work, _D, D[low:high])
         load(work, _AVERAGE, start[b, low:high])
-        for t in range(T):
-            if reset.size and reset[b, t]:
-                work[_AVERAGE] = 0
-            store(averages[t], work, _AVERAGE)
-            if not mask.size or mask[b, t]:
-                load(work, _X, x[b, t, low:high])
-                _mix_in(work)
+        for stretch in range(stretches):
+            begin = stretch * _STRETCH
+            end = min(begin + _STRETCH, T)
+            store(starts[stretch], work, _AVERAGE)
+            _walk(work, x, reset, mask, b, slice(low, high), begin, end, averages)
         load(work, _ADJOINT, grad_final[b, low:high])
         for step in range(T):
             t = T - 1 - step
+            stretch = t // _STRETCH
+            begin, end = stretch * _STRETCH, t + 1
+            if step and end - begin == _STRETCH:  # the averages of the last stretch are there
+                load(work, _AVERAGE, starts[stretch])
+                _walk(work, x, reset, mask, b, slice(low, high), begin, end, averages)
             if not mask.size or mask[b, t]:
+                ahead = max(t - AHEAD, 0)
+                fetch(grad_y[b, ahead, low:high])
+                fetch(grad_x[b, ahead, low:high])
                 load(work, _X, x[b, t, low:high])
                 load(work, _Y, grad_y[b, t, low:high])
                 load(work, _GRAD_X, grad_x[b, t, low:high])
-                load(work, _BEFORE, averages[t])
+                load(work, _BEFORE, averages[t - begin])
                 for i in range(_BLOCK):
                     m, d, g = work[_MIX, i], work[_D, i], work[_Y, i]
                     gap = work[_BEFORE, i] - work[_X, i]
@@ -159,8 +194,9 @@ def _hidden_states(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s_{t-1} as each step finds it, s_t (both (B, T, N)), and the last s (B, N)."""
     u = linear(x, B)
-    before, states, last = torch.empty_like(u), torch.empty_like(u), hidden.new_empty(hidden.shape)
-    _hidden_forward(*as_arrays(u, A, hidden, reset, mask, before, states, last))
+    before, states = u.new_empty(u.shape), u.new_empty(u.shape)
+    last = hidden.new_empty(hidden.shape)
+    _hidden_forward(*as_arrays(u, A, hidden, reset, mask), *targets(before, states, last))
     return before, states, last
 
 
@@ -181,7 +217,7 @@ def state_space_numba(
     match_threads()
     _, states, last_hidden = _hidden_states(x, A, B, hidden, reset, mask)
     y = linear(states, C)
-    _average_forward(*as_arrays(x, mix, D, average, reset, mask, y, last_average))
+    _average_forward(*as_arrays(x, mix, D, average, reset, mask), *targets(y, last_average))
     return y, torch.cat([last_average, last_hidden], dim=1)
 
 
@@ -206,14 +242,16 @@ def state_space_numba_backward(
         grad_output = grad_output.masked_fill(~mask[..., None], 0)
     match_threads()
     before, states, _ = _hidden_states(x, A, B, hidden, reset, mask)
-    adjoints, start_hidden = torch.empty_like(states), hidden.new_empty(hidden.shape)
+    adjoints, start_hidden = states.new_empty(states.shape), hidden.new_empty(hidden.shape)
+    grad_states = linear(grad_output, C.T)
     _hidden_backward(
-        *as_arrays(linear(grad_output, C.T), A.T, reset, mask, grad_hidden, adjoints, start_hidden)
+        *as_arrays(grad_states, A.T, reset, mask, grad_hidden), *targets(adjoints, start_hidden)
     )
     grad_x, start_average = linear(adjoints, B.T), average.new_empty(average.shape)
     grad_mix, grad_D = (x.new_empty(x.shape[0], x.shape[2]) for _ in range(2))
     inputs = (x, mix, D, average, reset, mask, grad_output, grad_average)
-    _average_backward(*as_arrays(*inputs, grad_x, grad_mix, grad_D, start_average))
+    results = (grad_x, grad_mix, grad_D, start_average)
+    _average_backward(*as_arrays(*inputs), *targets(*results))
     flat = adjoints.flatten(0, 1)
     return (
         grad_x,

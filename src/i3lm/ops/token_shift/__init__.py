@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from i3lm.ops.dispatch import (
     Implementation,
     Op,
+    full_precision,
     numba_refuses_bits,
     product_dtype,
     runs_directly,
@@ -42,10 +43,12 @@ def token_shift(
         The shifted vectors, shape (B, T, C), and the state after the last token, shape (B, C).
     """
     B, T, C = inputs.shape
+    reset, mask = _as_marks(reset, mask)
     before = inputs.new_zeros(B, 1, C) if state is None else state.to(inputs.dtype).unsqueeze(1)
     if mask is None and reset is None and T == 1:  # a step of decoding
         return before, inputs[:, 0]
-    history = torch.cat([before, inputs], dim=1)  # (B, T + 1, C): history[:, t] precedes token t
+    with full_precision(inputs.device):  # autocast to bfloat16 concatenates no float16
+        history = torch.cat([before, inputs], dim=1)  # (B, T + 1, C): history[:, t] precedes t
     if mask is None:
         shifted, last = history[:, :-1], history[:, -1]
     else:
@@ -58,6 +61,10 @@ def token_shift(
     if reset is not None:
         shifted = shifted.masked_fill(reset.unsqueeze(-1), 0)
     return shifted, last
+
+
+def _as_marks(*marks: Tensor | None) -> Iterator[Tensor | None]:
+    return (None if mark is None else mark.bool() for mark in marks)
 
 
 def _torch(
@@ -143,6 +150,7 @@ def token_shift_mix(
         ValueError: Shapes that do not fit.
     """
     _check(x, shares, state, reset, mask)
+    reset, mask = _as_marks(reset, mask)
     dtype = product_dtype(x)
     implementation = TOKEN_SHIFT_MIX.choose_for(x, dtype)
     if runs_directly(implementation):

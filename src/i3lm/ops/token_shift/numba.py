@@ -15,7 +15,15 @@ from numba import prange
 from torch import Tensor
 
 from i3lm.ops.dispatch import accumulation_dtype
-from i3lm.ops.numba_bridge import as_arrays, as_written, copy, match_threads, widen, written
+from i3lm.ops.numba_bridge import (
+    as_arrays,
+    as_written,
+    copy,
+    match_threads,
+    targets,
+    widen,
+    written,
+)
 
 _BLOCK = 256  # channels per task: rows long enough for the prefetcher, and enough tasks
 
@@ -107,7 +115,7 @@ def token_shift_mix_numba(
     final = x.new_empty(x.shape[0], x.shape[2])
     match_threads()
     inputs = _inputs(x, shares, state, reset, mask)
-    _forward(*inputs, tuple(as_arrays(*outputs)), *as_arrays(final))
+    _forward(*inputs, tuple(targets(*outputs)), *targets(final))
     return *outputs, final
 
 
@@ -121,12 +129,12 @@ def token_shift_mix_numba_backward(
     mask: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """The gradients of x, of every share and of the state, from those of the mixes and the last."""
-    grad_x, grad_state = x.new_empty(x.shape), torch.empty_like(grad_final)
+    grad_x, grad_state = x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2])
     sums = x.new_zeros(x.shape[0], len(shares), x.shape[2], dtype=accumulation_dtype(x.dtype))
     match_threads()
     inputs = _inputs(x, shares, state, reset, mask)
-    results = as_arrays(grad_final, grad_x, sums, grad_state)
-    _backward(*inputs, tuple(as_arrays(*grads)), *results)
+    results = targets(grad_x, sums, grad_state)
+    _backward(*inputs, tuple(as_arrays(*grads)), *as_arrays(grad_final), *results)
     totals = sums.sum(dim=0).unbind()
     grad_shares = [total.to(share.dtype) for total, share in zip(totals, shares, strict=True)]
     return grad_x, grad_shares, None if state is None else grad_state.to(state.dtype)
@@ -141,5 +149,4 @@ def _inputs(
 ) -> list[np.ndarray]:
     precise = torch.stack([share.to(accumulation_dtype(x.dtype)) for share in shares])
     state = x.new_zeros(x.shape[0], x.shape[2]) if state is None else state.to(x.dtype)
-    marks = [None if mark is None else mark.bool() for mark in (reset, mask)]
-    return as_arrays(x, precise, state, *marks)
+    return as_arrays(x, precise, state, reset, mask)

@@ -1,9 +1,10 @@
 """The RWKV-4 recurrence for CPUs, compiled from Python by numba.
 
 A task is one row of the batch and one block of channels; the loop over channels vectorises, the
-loop over time is the recurrence. The backward pass recomputes the states block by block into a
-small buffer. Both are exact in the sense of `reference`, with sums in the state's dtype, float32 or
-float64; keys and values of bfloat16 come as their bits, and so does what goes with them.
+loop over time is the recurrence. The backward pass keeps the states before every stretch of time
+alone, and computes those of one stretch again when it comes to it. Both are exact in the sense of
+`reference`, with sums in the state's dtype, float32 or float64; keys and values of bfloat16 come as
+their bits, and so does what goes with them.
 
 Of the two weights ``e^(a - max(a, b))`` and ``e^(b - max(a, b))`` one is always 1, so each
 combination costs one exponential. numba's own ``exp`` would not vectorise; `numba_bridge.exp` does.
@@ -16,19 +17,23 @@ from numba import prange
 from torch import Tensor
 
 from i3lm.ops.numba_bridge import (
+    AHEAD,
     as_arrays,
     compiled,
     exp,
+    fetch,
     inlined,
     load,
     match_threads,
     serial,
     store,
+    targets,
 )
-from i3lm.ops.wkv.reference import EMPTY_EXPONENT
+from i3lm.ops.wkv.reference import EMPTY_EXPONENT, FASTEST_DECAY
 
 _BLOCK = 128  # channels per task: long enough runs for the prefetcher, few enough for the cache
-FASTEST = -1e30
+_STRETCH = 64  # steps whose sums the backward pass holds at one time
+FASTEST = FASTEST_DECAY  # its name in `i3lm.ops.decoding_step.numba`
 
 
 @inlined()
@@ -73,6 +78,23 @@ def _read_and_add_token(work, one):
     _add_token(work, one)
 
 
+@inlined()
+def _walk(work, key, value, reset, mask, b, channels, begin, end, sums, one):
+    """Adds the tokens of a stretch of time; `sums` becomes what each step sees."""
+    for t in range(begin, end):
+        if reset.size and reset[b, t]:
+            _empty(work)
+        for row in range(3):
+            store(sums[t - begin, row], work, _NUM + row)
+        if not mask.size or mask[b, t]:
+            ahead = min(t + AHEAD, key.shape[1] - 1)
+            fetch(key[b, ahead, channels])
+            fetch(value[b, ahead, channels])
+            load(work, _KEY, key[b, t, channels])
+            load(work, _VALUE, value[b, t, channels])
+            _add_token(work, one)
+
+
 @serial()
 def next_token(key, value, decay, first, state, output):
     """One token of one row: all of shape (C,), but for the sums (3, C), which are replaced."""
@@ -110,6 +132,9 @@ def _forward(key, value, decay, first, state, reset, mask, output, final):
             if mask.size and not mask[b, t]:
                 output[b, t, low:high] = 0
                 continue
+            ahead = min(t + AHEAD, T - 1)
+            fetch(key[b, ahead, low:high])
+            fetch(value[b, ahead, low:high])
             load(work, _KEY, key[b, t, low:high])
             load(work, _VALUE, value[b, t, low:high])
             _read_and_add_token(work, one)
@@ -126,77 +151,86 @@ def _backward(
     """See README.md beside this file for the adjoint recurrence."""
     B, T, C = key.shape
     one = state.dtype.type(1)
-    blocks = (C + _BLOCK - 1) // _BLOCK
+    blocks, stretches = (C + _BLOCK - 1) // _BLOCK, (T + _STRETCH - 1) // _STRETCH
     for task in prange(B * blocks):
         b, low = task // blocks, (task % blocks) * _BLOCK
         high = min(low + _BLOCK, C)
         work = np.zeros((16, _BLOCK), state.dtype)
-        sums = np.empty((T, 3, _BLOCK), state.dtype)  # before every step, as the step sees them
+        starts = np.empty((stretches, 3, _BLOCK), state.dtype)  # the sums before every stretch
+        sums = np.empty((_STRETCH, 3, _BLOCK), state.dtype)
         load(work, _DECAY, decay[low:high])
-        load(work, _FIRST, first[low:high])
         for row in range(3):
             load(work, _NUM + row, state[b, row, low:high])
-        for t in range(T):
-            if reset.size and reset[b, t]:
-                _empty(work)
+        for stretch in range(stretches):
+            begin = stretch * _STRETCH
+            end = min(begin + _STRETCH, T)
             for row in range(3):
-                store(sums[t, row], work, _NUM + row)
-            if mask.size and not mask[b, t]:
-                continue
-            load(work, _KEY, key[b, t, low:high])
-            load(work, _VALUE, value[b, t, low:high])
-            _add_token(work, one)
+                store(starts[stretch, row], work, _NUM + row)
+            _walk(work, key, value, reset, mask, b, slice(low, high), begin, end, sums, one)
 
-        # From here on num and den are the adjoint of the sums after each step, scaled by e^top.
-        load(work, _NUM, grad_final[b, 0, low:high])
-        load(work, _DEN, grad_final[b, 1, low:high])
+        # In this array num and den are the adjoint of the sums after each step, scaled by e^top.
+        back = np.zeros((16, _BLOCK), state.dtype)
+        load(back, _DECAY, decay[low:high])
+        load(back, _FIRST, first[low:high])
+        load(back, _NUM, grad_final[b, 0, low:high])
+        load(back, _DEN, grad_final[b, 1, low:high])
         for i in range(_BLOCK):
-            work[_TOP, i] = -work[_TOP, i]
+            back[_TOP, i] = -work[_TOP, i]
         for step in range(T):
             t = T - 1 - step
+            stretch = t // _STRETCH
+            begin, end = stretch * _STRETCH, t + 1
+            if step and end - begin == _STRETCH:  # the sums of the last stretch are still there
+                for row in range(3):
+                    load(work, _NUM + row, starts[stretch, row])
+                _walk(work, key, value, reset, mask, b, slice(low, high), begin, end, sums, one)
             if mask.size and not mask[b, t]:
                 grad_key[b, t, low:high] = 0
                 grad_value[b, t, low:high] = 0
             else:
-                load(work, _KEY, key[b, t, low:high])
-                load(work, _VALUE, value[b, t, low:high])
-                load(work, _GRAD, grad_output[b, t, low:high])
+                ahead = max(t - AHEAD, 0)
+                fetch(grad_output[b, ahead, low:high])
+                fetch(grad_key[b, ahead, low:high])
+                fetch(grad_value[b, ahead, low:high])
+                load(back, _KEY, key[b, t, low:high])
+                load(back, _VALUE, value[b, t, low:high])
+                load(back, _GRAD, grad_output[b, t, low:high])
                 for row in range(3):
-                    load(work, _PAST_NUM + row, sums[t, row])
+                    load(back, _PAST_NUM + row, sums[t - begin, row])
                 for i in range(_BLOCK):
-                    k, v, w, u = work[_KEY, i], work[_VALUE, i], work[_DECAY, i], work[_FIRST, i]
-                    n, d, p = work[_PAST_NUM, i], work[_PAST_DEN, i], work[_PAST_TOP, i]
-                    num, den, top = work[_NUM, i], work[_DEN, i], work[_TOP, i]
+                    k, v, w, u = back[_KEY, i], back[_VALUE, i], back[_DECAY, i], back[_FIRST, i]
+                    n, d, p = back[_PAST_NUM, i], back[_PAST_DEN, i], back[_PAST_TOP, i]
+                    num, den, top = back[_NUM, i], back[_DEN, i], back[_TOP, i]
                     past, now, scale = _weights(u + p, k, one)
                     below = one / (past * d + now)
                     y = (past * n + now * v) * below
-                    g = work[_GRAD, i] * below
+                    g = back[_GRAD, i] * below
                     h = -g * y
                     reach = exp(k + top)
-                    work[_GRAD_VALUE, i] = now * g + reach * num
-                    work[_GRAD_KEY, i] = now * g * (v - y) + reach * (num * v + den)
-                    work[_SUM_FIRST, i] += past * (n * g + d * h)
-                    work[_SUM_DECAY, i] += exp(w + p + top) * (n * num + d * den)
+                    back[_GRAD_VALUE, i] = now * g + reach * num
+                    back[_GRAD_KEY, i] = now * g * (v - y) + reach * (num * v + den)
+                    back[_SUM_FIRST, i] += past * (n * g + d * h)
+                    back[_SUM_DECAY, i] += exp(w + p + top) * (n * num + d * den)
                     past, now, top = _weights(w + top, u - scale, one)
-                    work[_NUM, i] = past * num + now * g
-                    work[_DEN, i] = past * den + now * h
-                    work[_TOP, i] = top
-                store(grad_key[b, t, low:high], work, _GRAD_KEY)
-                store(grad_value[b, t, low:high], work, _GRAD_VALUE)
+                    back[_NUM, i] = past * num + now * g
+                    back[_DEN, i] = past * den + now * h
+                    back[_TOP, i] = top
+                store(grad_key[b, t, low:high], back, _GRAD_KEY)
+                store(grad_value[b, t, low:high], back, _GRAD_VALUE)
             if reset.size and reset[b, t]:
-                _empty(work)
+                _empty(back)
         for row in range(3):
-            load(work, _PAST_NUM + row, state[b, row, low:high])
+            load(back, _PAST_NUM + row, state[b, row, low:high])
         for i in range(_BLOCK):
-            reach = exp(work[_PAST_TOP, i] + work[_TOP, i])
-            work[_NUM, i] *= reach
-            work[_DEN, i] *= reach
-            weighted = work[_PAST_NUM, i] * work[_NUM, i]
-            work[_TOP, i] = weighted + work[_PAST_DEN, i] * work[_DEN, i]
+            reach = exp(back[_PAST_TOP, i] + back[_TOP, i])
+            back[_NUM, i] *= reach
+            back[_DEN, i] *= reach
+            weighted = back[_PAST_NUM, i] * back[_NUM, i]
+            back[_TOP, i] = weighted + back[_PAST_DEN, i] * back[_DEN, i]
         for row in range(3):
-            store(grad_state[b, row, low:high], work, _NUM + row)
-        store(grad_decay[b, low:high], work, _SUM_DECAY)
-        store(grad_first[b, low:high], work, _SUM_FIRST)
+            store(grad_state[b, row, low:high], back, _NUM + row)
+        store(grad_decay[b, low:high], back, _SUM_DECAY)
+        store(grad_first[b, low:high], back, _SUM_FIRST)
 
 
 def wkv_numba(
@@ -211,8 +245,9 @@ def wkv_numba(
     """Computes `i3lm.ops.wkv` on the CPU; same arguments and results as `wkv_reference`."""
     output, final = key.new_empty(key.shape), state.new_empty(state.shape)
     match_threads()
-    time_decay = time_decay.clamp_min(FASTEST)
-    _forward(*as_arrays(key, value, time_decay, time_first, state, reset, mask, output, final))
+    time_decay = time_decay.clamp_min(FASTEST_DECAY)
+    inputs = (key, value, time_decay, time_first, state, reset, mask)
+    _forward(*as_arrays(*inputs), *targets(output, final))
     return output, final
 
 
@@ -232,8 +267,8 @@ def wkv_numba_backward(
     grad_decay, grad_first = (state.new_empty(key.shape[0], key.shape[2]) for _ in range(2))
     grad_start = state.new_empty(state.shape)
     match_threads()
-    time_decay = time_decay.clamp_min(FASTEST)
+    time_decay = time_decay.clamp_min(FASTEST_DECAY)
     inputs = (key, value, time_decay, time_first, state, reset, mask, grad_output, grad_state)
     results = (grad_key, grad_value, grad_decay, grad_first, grad_start)
-    _backward(*as_arrays(*inputs, *results))
+    _backward(*as_arrays(*inputs), *targets(*results))
     return grad_key, grad_value, grad_decay.sum(0), grad_first.sum(0), grad_start

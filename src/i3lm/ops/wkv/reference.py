@@ -8,6 +8,9 @@ from torch import Tensor
 # The exponent of an empty sum. Far below any key, and far enough above the float32 minimum
 # that adding a decay or a bonus to it cannot overflow.
 EMPTY_EXPONENT = -1e38
+# A log decay below this forgets everything at once in any dtype; bounding it keeps its multiples
+# finite.
+FASTEST_DECAY = -1e30
 
 
 def empty_state(batch_size: int, channels: int, *, like: Tensor) -> Tensor:

@@ -14,11 +14,7 @@ import torch
 from torch import Tensor
 
 from i3lm.ops.chunks import chunk_length, join_chunks, next_step_mark, split_chunks
-from i3lm.ops.wkv.reference import EMPTY_EXPONENT
-
-# A log decay below this forgets everything at once in any dtype; bounding it keeps its multiples
-# finite.
-FASTEST_DECAY = -1e30
+from i3lm.ops.wkv.reference import EMPTY_EXPONENT, FASTEST_DECAY
 
 
 class _Sums(NamedTuple):
