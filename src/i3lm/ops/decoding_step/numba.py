@@ -20,7 +20,8 @@ from numba import carray, njit, prange
 
 from i3lm.ops.linear.numba import HEIGHT, INPUT, NUMBERS, OUTPUT, WIDTH
 from i3lm.ops.numba_bridge import call, compiled, exp, floats, inlined, pointer, serial
-from i3lm.ops.wkv.numba import FASTEST, next_token
+from i3lm.ops.wkv.numba import next_token
+from i3lm.ops.wkv.reference import FASTEST_DECAY
 
 __all__ = ["KERNELS", "STEP", "attend", "floats_needed", "run"]
 
@@ -43,7 +44,7 @@ STEP = np.dtype(
     ]
 )
 _STEP_BYTES = STEP.itemsize
-_LOG_FASTEST = np.float32(np.log(-FASTEST))
+_LOG_FASTEST = np.float32(np.log(-FASTEST_DECAY))
 # Loops are spelt out: for `x += y` numba also compiles, for three seconds, the words of an error.
 # For loops that write what they compute. The compiler makes two forms of such a loop, and how near
 # its arrays lie decides which one runs: only as written are both bitwise the same. Not saying so is

@@ -33,7 +33,6 @@ from i3lm.ops.wkv.reference import EMPTY_EXPONENT, FASTEST_DECAY
 
 _BLOCK = 128  # channels per task: long enough runs for the prefetcher, few enough for the cache
 _STRETCH = 64  # steps whose sums the backward pass holds at one time
-FASTEST = FASTEST_DECAY  # its name in `i3lm.ops.decoding_step.numba`
 
 
 @inlined()
