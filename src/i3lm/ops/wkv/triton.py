@@ -21,9 +21,10 @@ from i3lm.ops.triton_bridge import marks
 from i3lm.ops.wkv.reference import EMPTY_EXPONENT
 
 _EMPTY = tl.constexpr(EMPTY_EXPONENT)
-# A log decay that forgets everything; several of them still sum to a finite float32.
-_FORGET = tl.constexpr(-1e30)
-_FASTEST = -1e30
+# The log decay over a document's start: of whatever went before, nothing is left, at any scale.
+# Sums of decays stay infinite, and all other exponents are finite, so no NaN can come of it.
+_FORGET = tl.constexpr(float("-inf"))
+_FASTEST = -1e30  # forgets everything next to any key; tiles of it still sum to a finite float32
 
 _TILE = 32  # steps
 _BLOCK = 16  # channels
@@ -253,7 +254,7 @@ def _backward_kernel(
         carry_den = _row(tl.where(forgets, 0.0, before_den), rows, 0)
         carry_top = _row(tl.where(forgets, _EMPTY, before_top), rows, 0)
 
-    reach = tl.exp(tl.minimum(top0 + carry_top, 80.0))
+    reach = tl.exp(tl.minimum(top0 + carry_top, 0.0))
     dnum, dden = reach * carry_num, reach * carry_den
     tl.store(grad_start + (b * 3 + 0) * C + channels, dnum, mask=live)
     tl.store(grad_start + (b * 3 + 1) * C + channels, dden, mask=live)
@@ -289,7 +290,8 @@ def wkv_triton(
 ) -> tuple[Tensor, Tensor]:
     """Computes `i3lm.ops.wkv` on a GPU; same arguments and results as `wkv_reference`."""
     B, T, C = key.shape
-    output, final = torch.empty_like(key, memory_format=torch.contiguous_format), state.clone()
+    output = key.new_empty(key.shape)
+    final = state.clone(memory_format=torch.contiguous_format)
     if key.numel():
         time_decay = time_decay.clamp_min(_FASTEST)
         inputs = _prepared(key, key, value, time_decay, time_first, state, reset, mask)
@@ -313,7 +315,7 @@ def wkv_triton_backward(
     B, T, C = key.shape
     grad_key, grad_value = key.new_empty(key.shape), key.new_empty(key.shape)
     grad_decay, grad_first = key.new_zeros(B, C), key.new_zeros(B, C)
-    grad_start = grad_state.clone()
+    grad_start = grad_state.clone(memory_format=torch.contiguous_format)
     if key.numel():
         tiles = triton.cdiv(T, _TILE)
         starts = torch.empty(B, tiles, 3, C, dtype=key.dtype, device=key.device)
