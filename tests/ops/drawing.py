@@ -31,7 +31,7 @@ def cases_on_cpu(op: Op) -> list[tuple[str, torch.dtype]]:
 
 
 def device_of(name: str | None) -> torch.device:
-    """Where tests run an implementation: Triton's on a GPU, unless it interprets; others on a CPU."""
+    """Where tests run an implementation: Triton's on a GPU, unless it interprets; others not."""
     return torch.device("cuda" if name == "triton" and not TRITON_INTERPRETS else "cpu")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from i3lm import ops
-from i3lm.ops.dispatch import use_implementation
+from i3lm.ops.dispatch import TRITON_INTERPRETS, use_implementation
 from i3lm.ops.wkv import WKV
 from tests.fixtures.reference import read_tensors
 from tests.ops.drawing import (
@@ -344,6 +344,8 @@ def test_huge_keys_and_decays_stay_exact_in_float32(name: str, time_decay: tuple
     ids=["bfloat16", "float16", "float32"],
 )
 def test_runs_in_float32_whatever_the_inputs(name: str, dtype: torch.dtype, tolerance: float):
+    if TRITON_INTERPRETS and dtype == torch.bfloat16:
+        tolerance *= 2  # the interpreter cuts bits off where GPUs round
     generator = make_generator(7)
     key, value, *rest = draw_inputs(2, 40, 3, generator, torch.float32)
     inputs = [key.to(dtype), value.to(dtype), *rest]
@@ -352,7 +354,9 @@ def test_runs_in_float32_whatever_the_inputs(name: str, dtype: torch.dtype, tole
     (output, last), grads = run(inputs, weights, implementation=name)
     assert [x.dtype for x in (output, last)] == [dtype, torch.float32]
     assert [x.dtype for x in grads] == [x.dtype for x in inputs]
-    expected, expected_grads = run([x.double() for x in inputs], weights, implementation="reference")
+    expected, expected_grads = run(
+        [x.double() for x in inputs], weights, implementation="reference"
+    )
     assert_close(output, expected[0], tolerance)
     assert_close(last, expected[1], 1e-5)
     assert_all_close(grads[:2], expected_grads[:2], INPUTS[:2], max(tolerance, 2e-5))
