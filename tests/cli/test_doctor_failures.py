@@ -21,11 +21,13 @@ def test_a_kernel_that_raises_is_reported_and_the_others_are_still_checked(
 
     monkeypatch.setattr(self_check, "largest_difference", check)
     monkeypatch.setattr("i3lm.cli.doctor._speed", dict)
-    with pytest.raises(KernelError, match=r"^wkv/scan fails or disagrees with the reference"):
+    with pytest.raises(
+        KernelError, match=r"^wkv/scan on cpu.* fails or disagrees with the reference"
+    ):
         doctor.doctor(json=as_json)
     printed = capsys.readouterr().out
     if as_json:
-        checks = json.loads(printed)["kernels"]["wkv"]["checks"]
+        checks = json.loads(printed)["kernels"]["cpu"]["wkv"]["checks"]
         assert checks["scan"] == {"failed": "RuntimeError: the kernel broke", "passed": False}
         assert checks["reference"]["passed"] is True
     else:

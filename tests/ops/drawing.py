@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from i3lm.ops.dispatch import Op
+from i3lm.ops.dispatch import TRITON_INTERPRETS, Op
 
 MARKS = {
     "plain": (False, False),
@@ -26,6 +28,38 @@ def cases_on_cpu(op: Op) -> list[tuple[str, torch.dtype]]:
         for dtype in (torch.float64, torch.float32)
         if implementation.refuses(cpu, dtype) is None
     ]
+
+
+def device_of(name: str | None) -> torch.device:
+    """Where tests run an implementation: Triton's on a GPU, unless it interprets; others not."""
+    return torch.device("cuda" if name == "triton" and not TRITON_INTERPRETS else "cpu")
+
+
+def cases_here(op: Op) -> list[tuple[str, torch.dtype]]:
+    """The implementations that run on this machine, each with every dtype that it computes in."""
+    return [
+        (implementation.name, dtype)
+        for implementation in op.implementations
+        for dtype in (torch.float64, torch.float32)
+        if implementation.refuses(device_of(implementation.name), dtype) is None
+    ]
+
+
+def on_its_device(door: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    """The door of an op, for tensors on the CPU, whatever the device that computes."""
+
+    @functools.wraps(door)
+    def run(*inputs: Any, implementation: str | None = None, **options: Any):
+        device = device_of(implementation)
+
+        def moved(x: Any) -> Any:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        options = {name: moved(value) for name, value in options.items()}
+        output, state = door(*map(moved, inputs), **options, implementation=implementation)
+        return output.cpu(), state.cpu()
+
+    return run
 
 
 def make_generator(*numbers: int) -> torch.Generator:

@@ -35,8 +35,9 @@ def doctor(json: bool = False) -> None:
     else:
         _print(facts)
     wrong = [
-        f"{op}/{name}"
-        for op, about in facts["kernels"].items()
+        f"{op}/{name} on {device}"
+        for device, ops in facts["kernels"].items()
+        for op, about in ops.items()
         for name, check in about["checks"].items()
         if check.get("passed") is False
     ]
@@ -90,46 +91,47 @@ def _processor() -> dict[str, Any]:
     }
 
 
-def _speed() -> dict[str, float]:
-    """Measured ceilings: matrix products in GFLOP/s, copying in GB/s."""
+def _devices() -> list[Any]:
+    """The processor, and the GPU where there is one."""
     import torch
 
-    from i3lm.ops.speed import measure_matmul_flops
-
-    figures = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        flops = measure_matmul_flops(torch.device("cpu"), dtype)
-        figures[f"matmul_{name}_gflops"] = round(flops / 1e9, 1)
-    source = torch.randn(2**26)  # 256 MiB, beyond any cache
-    target = torch.empty_like(source)
-    seconds = _median_seconds(lambda: target.copy_(source))
-    figures["copy_gb_per_second"] = round(2 * source.nbytes / seconds / 1e9, 1)
-    return figures
-
-
-def _median_seconds(run: Any, repeats: int = 7) -> float:
-    import statistics
-    import time
-
-    run()
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
-
-
-def _kernels() -> dict[str, dict[str, Any]]:
     from i3lm.device import resolve_device
+
+    cpu, best = torch.device("cpu"), resolve_device()
+    return [cpu] if best == cpu else [cpu, best]
+
+
+def _speed() -> dict[str, dict[str, float]]:
+    """Measured ceilings of each device: matrix products in GFLOP/s, copying in GB/s."""
+    import torch
+
+    from i3lm.ops.speed import measure_copy_bytes, measure_matmul_flops, vendor_bf16_flops
+
+    found = {}
+    for device in _devices():
+        figures = {}
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            flops = measure_matmul_flops(device, dtype)
+            figures[f"matmul_{name}_gflops"] = round(flops / 1e9, 1)
+        promised = vendor_bf16_flops(device)
+        if promised is not None:
+            figures["vendor_bf16_gflops"] = promised / 1e9
+        figures["copy_gb_per_second"] = round(measure_copy_bytes(device) / 1e9, 1)
+        found[str(device)] = figures
+    return found
+
+
+def _kernels() -> dict[str, dict[str, dict[str, Any]]]:
+    return {str(device): _kernels_on(device) for device in _devices()}
+
+
+def _kernels_on(device: Any) -> dict[str, dict[str, Any]]:
     from i3lm.ops.self_check import CHECKS
 
-    device = resolve_device()
     found: dict[str, dict[str, Any]] = {}
     for name, check in CHECKS.items():
         choice = check.op.choose(device, check.dtype)
         found[name] = {
-            "device": str(device),
             "dtype": str(check.dtype).removeprefix("torch."),
             "chosen": choice.implementation.name,
             "reason": choice.reason,
@@ -160,24 +162,33 @@ def _check(check: Check, implementation: Implementation, device: torch.device) -
 
 
 def _print(facts: dict[str, Any]) -> None:
-    for title in ("versions", "processor", "speed"):
+    for title in ("versions", "processor"):
         print(title)
-        for name, value in facts[title].items():
-            text = ", ".join(value) or "none" if isinstance(value, list) else value
-            print(f"  {name:<22} {text}")
-    print("kernels")
-    for op, about in facts["kernels"].items():
-        where = f"{about['device']} in {about['dtype']}"
-        print(f"  {op}: {about['chosen']} on {where} ({about['reason']})")
-        for name, check in about["checks"].items():
-            if "refuses" in check:
-                print(f"    {name:<11} cannot run here: {check['refuses']}")
-                continue
-            if "failed" in check:
-                print(f"    {name:<11} FAILED: {check['failed']}")
-                continue
-            verdict = "agrees with" if check["passed"] else "DISAGREES with"
-            print(
-                f"    {name:<11} {verdict} the reference: largest difference "
-                f"{check['difference']:.1e}, tolerance {about['tolerance']:.0e}"
-            )
+        _print_figures(facts[title])
+    for device, figures in facts["speed"].items():
+        print(f"speed on {device}")
+        _print_figures(figures)
+    for device, ops in facts["kernels"].items():
+        print(f"kernels on {device}")
+        for op, about in ops.items():
+            print(f"  {op}: {about['chosen']} in {about['dtype']} ({about['reason']})")
+            for name, check in about["checks"].items():
+                print(f"    {name:<11} {_verdict(check, about['tolerance'])}")
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    for name, value in figures.items():
+        text = ", ".join(value) or "none" if isinstance(value, list) else value
+        print(f"  {name:<22} {text}")
+
+
+def _verdict(check: dict[str, Any], tolerance: float) -> str:
+    if "refuses" in check:
+        return f"cannot run here: {check['refuses']}"
+    if "failed" in check:
+        return f"FAILED: {check['failed']}"
+    verdict = "agrees with" if check["passed"] else "DISAGREES with"
+    return (
+        f"{verdict} the reference: largest difference {check['difference']:.1e}, "
+        f"tolerance {tolerance:.0e}"
+    )

@@ -8,15 +8,21 @@ backward pass recomputes all states.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from i3lm.ops.triton_bridge import marks
-
-_TILE = 64  # steps
-_BLOCK = 16  # channels
+from i3lm.ops.triton_bridge import (
+    SHORTEST_TILE,
+    as_read,
+    flags,
+    marks,
+    problem_size,
+    tuned,
+)
 
 
 @triton.jit
@@ -42,9 +48,9 @@ def _averages(
     return factor * carried[None, :] + added, inputs, used, begins, offsets
 
 
-@triton.jit
+@tuned(restore=["y"])
 def _average_forward_kernel(
-    x, mix, D, start, reset, mask, y, final, T, C,
+    x, mix, D, start, reset, mask, y, final, T, C, near_B, near_T,
     HAS_RESET: tl.constexpr, HAS_MASK: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -65,10 +71,10 @@ def _average_forward_kernel(
     tl.store(final + b * C + channels, carried, mask=live)
 
 
-@triton.jit
+@tuned(restore=["grad_x"])
 def _average_backward_kernel(
     x, mix, D, start, reset, mask, grad_y, grad_final, starts,
-    grad_x, grad_mix, grad_D, grad_start, T, C, tiles,
+    grad_x, grad_mix, grad_D, grad_start, T, C, near_B, near_T,
     HAS_RESET: tl.constexpr, HAS_MASK: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -78,6 +84,7 @@ def _average_backward_kernel(
     m = tl.load(mix + channels, mask=live, other=0.0)
     d = tl.load(D + channels, mask=live, other=0.0)
     carried = tl.load(start + b * C + channels, mask=live, other=0.0)
+    tiles = tl.cdiv(T, L)
     for tile in range(tiles):
         tl.store(starts + (b * tiles + tile) * C + channels, carried, mask=live)
         h, _, _, _, _ = _averages(
@@ -195,15 +202,8 @@ def _hidden_backward_kernel(
     tl.store(grad_start + b * N + i, adjoint, mask=live)
 
 
-def _flags(reset: Tensor | None, mask: Tensor | None) -> dict:
-    return {"HAS_RESET": reset is not None, "HAS_MASK": mask is not None}
-
-
-def _ready(x: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A tensor as the kernels read it; an absent mark is any pointer, never read."""
-    if x is None:
-        return stand_in
-    return (x.view(torch.uint8) if x.dtype == torch.bool else x).contiguous()
+def _grid(B: int, C: int) -> Callable[[dict[str, int]], tuple[int, int]]:
+    return lambda settings: (B, triton.cdiv(C, settings["BLOCK"]))
 
 
 def _hidden_states(x, A, B, hidden, reset, mask) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,11 +211,11 @@ def _hidden_states(x, A, B, hidden, reset, mask) -> tuple[Tensor, Tensor, Tensor
     batch, T, _ = x.shape
     N = A.shape[0]
     u = x @ B.T
-    before, states, last = torch.empty_like(u), torch.empty_like(u), torch.empty_like(hidden)
-    inputs = [_ready(tensor, u) for tensor in (u, A, hidden, reset, mask)]
+    before, states, last = u.new_empty(u.shape), u.new_empty(u.shape), torch.empty_like(hidden)
+    inputs = as_read(u, u, A, hidden, reset, mask)
     size = triton.next_power_of_2(N)
     _hidden_forward_kernel[(batch,)](
-        *inputs, before, states, last, T, N, SIZE=size, **_flags(reset, mask)
+        *inputs, before, states, last, T, N, SIZE=size, **flags(reset, mask)
     )
     return before, states, last
 
@@ -232,16 +232,15 @@ def state_space_triton(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Computes `i3lm.ops.state_space` on a GPU; as `state_space_reference` in the rest."""
-    batch, T, channels = x.shape
+    batch, _, channels = x.shape
     if not x.numel():
         return torch.zeros_like(x), state.clone()
     average, hidden = (p.contiguous() for p in state.split([channels, A.shape[0]], dim=1))
     _, states, last_hidden = _hidden_states(x, A, B, hidden, reset, mask)
-    y, last_average = states @ C.T, torch.empty_like(average)
-    inputs = [_ready(tensor, x) for tensor in (x, mix, D, average, reset, mask)]
-    grid = (batch, triton.cdiv(channels, _BLOCK))
-    _average_forward_kernel[grid](
-        *inputs, y, last_average, T, channels, L=_TILE, BLOCK=_BLOCK, **_flags(reset, mask)
+    y, last_average = (states @ C.T).contiguous(), torch.empty_like(average)
+    inputs = as_read(x, x, mix, D, average, reset, mask)
+    _average_forward_kernel[_grid(batch, channels)](
+        *inputs, y, last_average, **problem_size(x), **flags(reset, mask)
     )
     return y, torch.cat([last_average, last_hidden], dim=1)
 
@@ -269,25 +268,23 @@ def state_space_triton_backward(
     if mask is not None:
         grad_output = grad_output.masked_fill(~mask[..., None], 0)
     grad_output = grad_output.contiguous()
-    flags = _flags(reset, mask)
 
     before, states, _ = _hidden_states(x, A, B, hidden, reset, mask)
     grad_states = grad_output @ C
     adjoints, start_hidden = torch.empty_like(states), torch.empty_like(hidden)
-    inputs = [_ready(tensor, x) for tensor in (grad_states, A, reset, mask, grad_hidden)]
+    inputs = as_read(x, grad_states, A, reset, mask, grad_hidden)
     size = triton.next_power_of_2(N)
-    _hidden_backward_kernel[(batch,)](*inputs, adjoints, start_hidden, T, N, SIZE=size, **flags)
+    _hidden_backward_kernel[(batch,)](
+        *inputs, adjoints, start_hidden, T, N, SIZE=size, **flags(reset, mask)
+    )
 
-    grad_x, start_average = adjoints @ B, torch.empty_like(average)
+    grad_x, start_average = (adjoints @ B).contiguous(), torch.empty_like(average)
     grad_mix, grad_D = torch.empty_like(average), torch.empty_like(average)
-    tiles = triton.cdiv(T, _TILE)
-    starts = torch.empty(batch, tiles, channels, dtype=x.dtype, device=x.device)
-    given = (x, mix, D, average, reset, mask, grad_output, grad_average)
-    grid = (batch, triton.cdiv(channels, _BLOCK))
-    _average_backward_kernel[grid](
-        *[_ready(tensor, x) for tensor in given], starts,
-        grad_x, grad_mix, grad_D, start_average, T, channels, tiles,
-        L=_TILE, BLOCK=_BLOCK, **flags,
+    inputs = as_read(x, x, mix, D, average, reset, mask, grad_output, grad_average)
+    starts = x.new_empty(batch, triton.cdiv(T, SHORTEST_TILE), channels)  # of tiles
+    _average_backward_kernel[_grid(batch, channels)](
+        *inputs, starts, grad_x, grad_mix, grad_D, start_average,
+        **problem_size(x), **flags(reset, mask),
     )  # fmt: skip
     flat = adjoints.flatten(0, 1)
     return (

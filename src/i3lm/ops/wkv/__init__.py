@@ -49,7 +49,7 @@ WKV = Op(
     "wkv",
     [
         Implementation("numba", _numba, _numba_backward, numba_refuses, reads_bfloat16=True),
-        Implementation("triton", _triton, _triton_backward, triton_refuses),
+        Implementation("triton", _triton, _triton_backward, triton_refuses, reads_bfloat16=True),
         Implementation("scan", wkv_scan, wkv_scan_backward),
         Implementation("reference", wkv_reference),
     ],

@@ -1,10 +1,12 @@
 """The RWKV-4 recurrence for GPUs, in Triton.
 
-A program takes one row of the batch and one block of channels, and walks over time in tiles of
-`L` steps. Within a tile the decayed sums of all steps come from one associative scan, so a tile
-costs about log2(L) dependent operations instead of L. The backward pass recomputes: it walks
-forwards once to find the sums at the start of every tile, then backwards tile by tile, with the
-same scan in reverse time for the adjoints. Nothing but the inputs is kept between the passes.
+A program takes one row of the batch and `BLOCK` channels, and walks over time in tiles of `L`
+steps; both are chosen by measuring. Within a tile the decayed sums of all steps come from one
+associative scan, so a tile costs about log2(L) dependent operations instead of L. The backward pass
+recomputes: it walks forwards once to find the sums at the start of every tile, then backwards tile
+by tile, with the same scan in reverse time for the adjoints. Nothing but the inputs is kept between
+the passes. Keys and values are read in the dtype that they have, and outputs and their gradients
+are written in it; sums are float32.
 
 A scan needs the sums *before* each step. Rather than shift results, the elements are shifted: row
 j of a tile holds what token ``t0 + j - 1`` added, and row 0 holds the sums carried into the tile.
@@ -12,21 +14,28 @@ j of a tile holds what token ``t0 + j - 1`` added, and row 0 holds the sums carr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from i3lm.ops.triton_bridge import marks
+from i3lm.ops.triton_bridge import (
+    SHORTEST_TILE,
+    as_read,
+    flags,
+    marks,
+    problem_size,
+    tuned,
+)
 from i3lm.ops.wkv.reference import EMPTY_EXPONENT
 
 _EMPTY = tl.constexpr(EMPTY_EXPONENT)
-# A log decay that forgets everything; several of them still sum to a finite float32.
-_FORGET = tl.constexpr(-1e30)
-_FASTEST = -1e30
-
-_TILE = 32  # steps
-_BLOCK = 16  # channels
+# The log decay over a document's start: of whatever went before, nothing is left, at any scale.
+# Sums of decays stay infinite, and all other exponents are finite, so no NaN can come of it.
+_FORGET = tl.constexpr(float("-inf"))
+_FASTEST = -1e30  # forgets everything next to any key; tiles of it still sum to a finite float32
 
 
 @triton.jit
@@ -62,10 +71,7 @@ def _sums_before(
     t = t0 + rows - 1
     real, begins = marks(reset, mask, b, t, T, HAS_RESET, HAS_MASK)
     first = rows == 0
-    used = (real & (rows > 0))[:, None] & live[None, :]
-    offsets = (b * T + t)[:, None] * C + channels[None, :]
-    k = tl.load(key + offsets, mask=used, other=_EMPTY).to(tl.float32)
-    v = tl.load(value + offsets, mask=used, other=0.0).to(tl.float32)
+    k, v, used, _ = _tile_inputs(key, value, b, t, T, C, channels, live, real & (rows > 0))
     decay = tl.where(used, w[None, :], 0.0)
     decay = tl.where((begins & (rows > 0))[:, None], _FORGET, decay)
     nums = tl.where(first[:, None], num[None, :], v)
@@ -84,14 +90,14 @@ def _tile_inputs(key, value, b, t, T, C, channels, live, real):
     """Keys and values of steps t, (L, BLOCK): `_EMPTY` and 0 at padded steps."""
     used = real[:, None] & live[None, :]
     offsets = (b * T + t)[:, None] * C + channels[None, :]
-    k = tl.load(key + offsets, mask=used, other=_EMPTY).to(tl.float32)
+    k = tl.load(key + offsets, mask=used, other=0.0).to(tl.float32)
     v = tl.load(value + offsets, mask=used, other=0.0).to(tl.float32)
-    return k, v, used, offsets
+    return tl.where(used, k, _EMPTY), v, used, offsets
 
 
-@triton.jit
+@tuned()
 def _forward_kernel(
-    key, value, decay, first, state, reset, mask, output, final, T, C,
+    key, value, decay, first, state, reset, mask, output, final, T, C, near_B, near_T,
     HAS_RESET: tl.constexpr, HAS_MASK: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -140,10 +146,10 @@ def _output_gradients(nums, dens, tops, k, v, g, u):
     return past, now, y, scale, grad_num, -grad_num * y
 
 
-@triton.jit
+@tuned()
 def _backward_kernel(
     key, value, decay, first, state, reset, mask, grad_output, grad_final, starts,
-    grad_key, grad_value, grad_decay, grad_first, grad_start, T, C, tiles,
+    grad_key, grad_value, grad_decay, grad_first, grad_start, T, C, near_B, near_T,
     HAS_RESET: tl.constexpr, HAS_MASK: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -157,6 +163,7 @@ def _backward_kernel(
     top0 = tl.load(state + (b * 3 + 2) * C + channels, mask=live, other=_EMPTY)
 
     # Forwards: the sums carried into every tile.
+    tiles = tl.cdiv(T, L)
     num, den, top = num0, den0, top0
     for tile in range(tiles):
         place = starts + ((b * tiles + tile) * 3) * C + channels
@@ -253,7 +260,7 @@ def _backward_kernel(
         carry_den = _row(tl.where(forgets, 0.0, before_den), rows, 0)
         carry_top = _row(tl.where(forgets, _EMPTY, before_top), rows, 0)
 
-    reach = tl.exp(tl.minimum(top0 + carry_top, 80.0))
+    reach = tl.exp(tl.minimum(top0 + carry_top, 0.0))
     dnum, dden = reach * carry_num, reach * carry_den
     tl.store(grad_start + (b * 3 + 0) * C + channels, dnum, mask=live)
     tl.store(grad_start + (b * 3 + 1) * C + channels, dden, mask=live)
@@ -262,20 +269,8 @@ def _backward_kernel(
     tl.store(grad_first + b * C + channels, sum_first, mask=live)
 
 
-def _settings(reset: Tensor | None, mask: Tensor | None) -> dict:
-    return {
-        "HAS_RESET": reset is not None, "HAS_MASK": mask is not None, "L": _TILE, "BLOCK": _BLOCK,
-    }  # fmt: skip
-
-
-def _prepared(key: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """The tensors as the kernels read them; an absent mark is any pointer, never read."""
-    ready = []
-    for x in tensors:
-        if x is None:
-            x = key
-        ready.append((x.view(torch.uint8) if x.dtype == torch.bool else x).contiguous())
-    return ready
+def _grid(B: int, C: int) -> Callable[[dict[str, int]], tuple[int, int]]:
+    return lambda settings: (B, triton.cdiv(C, settings["BLOCK"]))
 
 
 def wkv_triton(
@@ -288,13 +283,15 @@ def wkv_triton(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Computes `i3lm.ops.wkv` on a GPU; same arguments and results as `wkv_reference`."""
-    B, T, C = key.shape
-    output, final = torch.empty_like(key, memory_format=torch.contiguous_format), state.clone()
+    B, _, C = key.shape
+    output = key.new_empty(key.shape)
+    final = state.clone(memory_format=torch.contiguous_format)
     if key.numel():
         time_decay = time_decay.clamp_min(_FASTEST)
-        inputs = _prepared(key, key, value, time_decay, time_first, state, reset, mask)
-        grid = (B, triton.cdiv(C, _BLOCK))
-        _forward_kernel[grid](*inputs, output, final, T, C, **_settings(reset, mask))
+        inputs = as_read(key, key, value, time_decay, time_first, state, reset, mask)
+        _forward_kernel[_grid(B, C)](
+            *inputs, output, final, **problem_size(key), **flags(reset, mask)
+        )
     return output, final
 
 
@@ -312,16 +309,16 @@ def wkv_triton_backward(
     """The gradients of key, value, time_decay, time_first and state; sums are recomputed."""
     B, T, C = key.shape
     grad_key, grad_value = key.new_empty(key.shape), key.new_empty(key.shape)
-    grad_decay, grad_first = key.new_zeros(B, C), key.new_zeros(B, C)
-    grad_start = grad_state.clone()
+    grad_decay, grad_first = state.new_zeros(B, C), state.new_zeros(B, C)
+    grad_start = grad_state.clone(memory_format=torch.contiguous_format)
     if key.numel():
-        tiles = triton.cdiv(T, _TILE)
-        starts = torch.empty(B, tiles, 3, C, dtype=key.dtype, device=key.device)
+        starts = state.new_empty(B, triton.cdiv(T, SHORTEST_TILE), 3, C)  # of tiles
         time_decay = time_decay.clamp_min(_FASTEST)
-        inputs = _prepared(
+        inputs = as_read(
             key, key, value, time_decay, time_first, state, reset, mask, grad_output, grad_state
         )
         results = (grad_key, grad_value, grad_decay, grad_first, grad_start)
-        grid = (B, triton.cdiv(C, _BLOCK))
-        _backward_kernel[grid](*inputs, starts, *results, T, C, tiles, **_settings(reset, mask))
+        _backward_kernel[_grid(B, C)](
+            *inputs, starts, *results, **problem_size(key), **flags(reset, mask)
+        )
     return grad_key, grad_value, grad_decay.sum(0), grad_first.sum(0), grad_start
