@@ -40,11 +40,11 @@ def test_a_kernel_that_gives_nan_has_failed(
 ):
     monkeypatch.setattr(self_check, "largest_difference", lambda *_: math.inf)
     monkeypatch.setattr("i3lm.cli.doctor._speed", dict)
-    with pytest.raises(KernelError, match=r"wkv/scan, wkv/reference.*fails or disagrees"):
+    with pytest.raises(KernelError, match=r"wkv/scan on cpu, wkv/reference on cpu.*fails or"):
         doctor.doctor(json=True)
     printed = capsys.readouterr().out
     assert "Infinity" not in printed
     facts = json.loads(printed)
     failure = {"failed": "gives NaN or infinity", "passed": False}
-    assert facts["kernels"]["wkv"]["checks"]["reference"] == failure
+    assert facts["kernels"]["cpu"]["wkv"]["checks"]["reference"] == failure
     assert facts["versions"]["numba_threading_layer"] in ("omp", "tbb", "workqueue")
