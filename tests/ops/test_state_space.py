@@ -316,7 +316,7 @@ def test_shapes_without_numbers_come_out_on_meta(name: str, is_differentiated: b
         x.to("meta").requires_grad_(is_differentiated)
         for x in draw(torch.float32, 2, 5, 3, 4, make_generator(9))
     ]
-    output, state = state_space(*inputs, implementation=name)
+    output, state = ops.state_space(*inputs, implementation=name)
     assert (output.device.type, output.shape, state.shape) == ("meta", (2, 5, 3), (2, 7))
     if is_differentiated:
         assert torch.autograd.grad(output.sum(), inputs)[0].shape == (2, 5, 3)
