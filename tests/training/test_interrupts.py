@@ -13,9 +13,13 @@ from i3lm.training.interrupts import StopOnSignal
 
 @pytest.fixture(autouse=True)
 def _handlers_are_put_back():
+    started_with = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    assert before == {number: signal.getsignal(number) for number in before}
+    after = {number: signal.getsignal(number) for number in before}
+    signal.signal(signal.SIGINT, started_with)
+    assert before == after
 
 
 def test_signals_are_counted_and_handlers_put_back():
