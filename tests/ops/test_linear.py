@@ -96,3 +96,14 @@ def test_a_few_rows_of_float64_keep_their_digits():
     x, weight = (torch.randn(2, 9, generator=generator, dtype=torch.float64) for _ in "xw")
     with torch.no_grad():
         assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_expanded_inputs_and_gradients(name: str):
+    torch.manual_seed(0)
+    x = torch.randn(1, 40).expand(30, 40).requires_grad_()
+    weight = torch.randn(50, 40, requires_grad=True)
+    with use_implementation(linear=name):
+        grads = torch.autograd.grad(linear(x, weight).sum(), (x, weight))
+    expected = weight.detach().sum(0).expand(30, 40), x.detach().sum(0).expand(50, 40)
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-4)

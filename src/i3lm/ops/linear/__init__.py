@@ -28,6 +28,8 @@ def _onednn_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # The gradient of a sum is one number expanded; oneDNN would take its slowest path for it.
+    x, weight = (y.contiguous() if 0 in y.stride() else y for y in (x, weight))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
