@@ -65,12 +65,15 @@ def _versions() -> dict[str, str]:
 
 def _threading_layer() -> str:
     """What runs the threads of numba's kernels: omp, tbb, or its own slower workqueue."""
-    try:
-        import numba
+    import torch
 
-        import i3lm.ops.numba_bridge  # noqa: F401 (starts them)
-    except Exception as error:  # as `i3lm.ops.dispatch` has it, which goes on without numba
-        return f"none ({type(error).__name__}: {error})"
+    from i3lm.ops.dispatch import numba_refuses
+
+    refusal = numba_refuses(torch.device("cpu"), torch.float32)  # which starts them
+    if refusal is not None:
+        return f"none ({refusal})"
+    import numba
+
     return numba.threading_layer()
 
 

@@ -45,7 +45,9 @@ STEP = np.dtype(
 )
 _STEP_BYTES = STEP.itemsize
 _LOG_FASTEST = np.float32(np.log(-FASTEST_DECAY))
+
 # Loops are spelt out: for `x += y` numba also compiles, for three seconds, the words of an error.
+
 # For loops that write what they compute. The compiler makes two forms of such a loop, and how near
 # its arrays lie decides which one runs: only as written are both bitwise the same. Not saying so is
 # not enough: a function called takes over the freedom of its caller.

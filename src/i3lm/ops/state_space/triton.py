@@ -15,14 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from i3lm.ops.triton_bridge import (
-    SHORTEST_TILE,
-    as_read,
-    flags,
-    marks,
-    problem_size,
-    tuned,
-)
+from i3lm.ops.triton_bridge import SHORTEST_TILE, as_read, flags, marks, problem_size, tuned
 
 
 @triton.jit

@@ -21,21 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from i3lm.ops.triton_bridge import (
-    SHORTEST_TILE,
-    as_read,
-    flags,
-    marks,
-    problem_size,
-    tuned,
-)
-from i3lm.ops.wkv.reference import EMPTY_EXPONENT
+from i3lm.ops.triton_bridge import SHORTEST_TILE, as_read, flags, marks, problem_size, tuned
+from i3lm.ops.wkv.reference import EMPTY_EXPONENT, FASTEST_DECAY
 
 _EMPTY = tl.constexpr(EMPTY_EXPONENT)
 # The log decay over a document's start: of whatever went before, nothing is left, at any scale.
 # Sums of decays stay infinite, and all other exponents are finite, so no NaN can come of it.
 _FORGET = tl.constexpr(float("-inf"))
-_FASTEST = -1e30  # forgets everything next to any key; tiles of it still sum to a finite float32
 
 
 @triton.jit
@@ -287,7 +279,7 @@ def wkv_triton(
     output = key.new_empty(key.shape)
     final = state.clone(memory_format=torch.contiguous_format)
     if key.numel():
-        time_decay = time_decay.clamp_min(_FASTEST)
+        time_decay = time_decay.clamp_min(FASTEST_DECAY)
         inputs = as_read(key, key, value, time_decay, time_first, state, reset, mask)
         _forward_kernel[_grid(B, C)](
             *inputs, output, final, **problem_size(key), **flags(reset, mask)
@@ -313,7 +305,7 @@ def wkv_triton_backward(
     grad_start = grad_state.clone(memory_format=torch.contiguous_format)
     if key.numel():
         starts = state.new_empty(B, triton.cdiv(T, SHORTEST_TILE), 3, C)  # of tiles
-        time_decay = time_decay.clamp_min(_FASTEST)
+        time_decay = time_decay.clamp_min(FASTEST_DECAY)
         inputs = as_read(
             key, key, value, time_decay, time_first, state, reset, mask, grad_output, grad_state
         )
