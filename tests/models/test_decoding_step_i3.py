@@ -34,13 +34,18 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that have run, by name."""
     calls: list[str] = []
-    run = TokenByKernels.run
+    run, run_whole = TokenByKernels.run, TokenByKernels.run_whole
 
     def noted(self, stretch, x):
         calls.extend(self.plan.halves[number].kernel for number in stretch.halves)
         return run(self, stretch, x)
 
+    def noted_whole(self, ids, positions):
+        calls.extend(["embedding", *(half.kernel for half in self.plan.halves), "head"])
+        return run_whole(self, ids, positions)
+
     monkeypatch.setattr(TokenByKernels, "run", noted)
+    monkeypatch.setattr(TokenByKernels, "run_whole", noted_whole)
     return calls
 
 
@@ -141,9 +146,11 @@ def test_every_half_of_a_layer_is_fused(fused: list[str]):
     model = make_model("rope")
     decode(model, draw_ids(1, 1), read(model, draw_ids(1, 4)))
     assert fused == [
+        "embedding",
         *["time_mix", "channel_mix"],
         *["attention", "feed_forward"],
         *["time_mix", "attention", "channel_mix"],
+        "head",
     ]
 
 
@@ -242,6 +249,87 @@ def test_what_happens_to_a_module_counts_at_the_next_token(change: Callable[[nn.
     assert not torch.allclose(logits, unchanged, rtol=1e-3, atol=1e-3) or change is _in_bf16
     with modules_alone():
         torch.testing.assert_close(logits, decode(model, ids[:, 5:], other), **CLOSE)
+
+
+def _new_embedding(model: I3ForCausalLM) -> None:
+    model.set_input_embeddings(nn.Embedding(*model.get_input_embeddings().weight.shape))
+
+
+def _new_position_data(model: I3ForCausalLM) -> None:
+    table = model.model.embed_positions.weight
+    table.data = torch.randn_like(table)
+
+
+def _hook_norm(model: I3ForCausalLM) -> None:
+    model.model.norm.register_forward_hook(lambda module, inputs, output: -output)
+
+
+def _new_head(model: I3ForCausalLM) -> None:
+    head = Linear(model.lm_head.in_features, model.lm_head.out_features)
+    nn.init.normal_(head.weight)
+    model.set_output_embeddings(head)
+
+
+def _wrap_head(model: I3ForCausalLM) -> None:
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda x: 2 * forward(x)
+
+
+def _hook_model(model: I3ForCausalLM) -> None:
+    def double(module, inputs, output):
+        output.last_hidden_state = 2 * output.last_hidden_state
+
+    model.model.register_forward_hook(double)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_new_embedding, _new_position_data, _hook_norm, _new_head, _wrap_head, _hook_model],
+)
+@pytest.mark.parametrize("how", ["cached", "padded"])
+def test_what_happens_before_and_behind_the_layers_counts_at_the_next_token(
+    change: Callable[[I3ForCausalLM], None], how: str
+):
+    model, ids = make_model("rwkv4"), draw_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 1 if how == "cached" else 0
+
+    @torch.no_grad()
+    def step(t: int, cache: I3Cache) -> Tensor:
+        seen = mask[:, : t + 1]
+        return model(ids[:, t : t + 1], attention_mask=seen, past_key_values=cache).logits
+
+    with torch.no_grad():
+        cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).past_key_values
+    step(4, cache)
+    unchanged = step(5, copy.deepcopy(cache))
+    change(model)
+    other = copy.deepcopy(cache)
+    logits = step(5, cache)
+    assert not torch.allclose(logits, unchanged, rtol=1e-3, atol=1e-3)
+    with modules_alone():
+        torch.testing.assert_close(logits, step(5, other), **CLOSE)
+
+
+def test_what_modules_refuse_kernels_do_not_take():
+    model = make_model("rwkv4")
+    cache = read(model, draw_ids(1, 4))
+    decode(model, draw_ids(1, 1), cache)
+    one, size = draw_ids(1, 1), model.config.vocab_size
+    for wrong in (torch.full_like(one, size), torch.full_like(one, -1)):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            decode(model, wrong, cache)
+    with pytest.raises(IndexError), torch.no_grad():
+        model(one, position_ids=torch.full_like(one, -1), past_key_values=cache)
+    assert cache.get_seq_length() == 5
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        decode(model, one.expand(1, model.config.max_position_embeddings), cache)
+
+
+def test_generate_leaves_a_token_to_the_kernels_alone(fused: list[str]):
+    model = make_model("rope")
+    model.generate(draw_ids(2, 4), max_new_tokens=4, do_sample=False)
+    assert fused.count("embedding") == fused.count("head") == 3  # after the prompt's
 
 
 def test_a_hook_on_all_modules_is_called_for_each():
@@ -362,9 +450,9 @@ def test_a_model_that_has_decoded_is_copied_and_pickled():
 def test_parameters_are_let_go_when_the_model_moves():
     model = make_model("rwkv4")
     decode(model, draw_ids(1, 1), read(model, draw_ids(1, 4)))
-    assert model.model._decoding_step._known is not None
+    assert model._decoding_step._known is not None
     model.double()
-    assert model.model._decoding_step._known is None
+    assert model._decoding_step._known is None
 
 
 def test_gradients_padding_autocast_and_doubles_take_the_modules(fused: list[str]):
@@ -433,7 +521,7 @@ def test_another_kernel_that_is_asked_for_runs(fused: list[str]):
 @torch.no_grad()
 def test_kernels_serve_one_new_token_of_a_few_rows():
     def served(B: int, T: int, dtype: torch.dtype = torch.float32) -> bool:
-        return decoding_kernels(torch.zeros(B, T, 12, dtype=dtype)) is not None
+        return decoding_kernels(torch.zeros(B, T, 12), dtype) is not None
 
     assert all([served(1, 1), served(FEW_ROWS, 1)])
     assert not any([served(FEW_ROWS + 1, 1), served(0, 1), served(1, 2)])

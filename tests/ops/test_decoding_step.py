@@ -92,5 +92,5 @@ def test_a_kernel_that_fails_is_an_error():
     record = record_of("feed_forward", 1e-5, WIDE, *groups)
     table = Table([record, record], 1, C)
     table.records["kernel"][1] = address_of(_fail)
-    with pytest.raises(RuntimeError, match="half 1 of a decoding step failed"):
+    with pytest.raises(RuntimeError, match="kernel 1 of a decoding step failed"):
         table.run(torch.randn(1, C), 0, 2)

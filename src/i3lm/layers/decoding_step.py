@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_
@@ -21,8 +21,9 @@ from i3lm.layers.hybrid import HybridMixer
 from i3lm.layers.linear import Linear
 from i3lm.layers.time_mix import TimeMix
 
-# The kernel of each kind of module, and what it reads: parameters and linear maps, in its order.
-_PARTS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+# A kernel, and what it reads of its module: parameters and linear maps, in its order.
+_Form = tuple[str, tuple[str, ...], tuple[str, ...]]
+_PARTS: dict[type[nn.Module], _Form] = {
     TimeMix: (
         "time_mix",
         ("time_decay", "time_first", "time_mix_key", "time_mix_value", "time_mix_receptance"),
@@ -37,6 +38,8 @@ _PARTS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     FeedForward: ("feed_forward", (), ("up", "down")),
     CausalSelfAttention: ("attention", (), ("query_key_value", "output")),
 }
+# The head behind the last norm is itself its linear map.
+_HEAD: _Form = "head", (), ("",)
 # Hooks on all modules of the process.
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 # What takes the place of one module's forward pass, as offloading and compilers do.
@@ -75,6 +78,45 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """The modules of a model.
+
+    Attributes:
+        root: The module whose forward pass wants to know.
+        within: What lies between it and the layers, and their list at the end.
+        embeddings: What is added up before the layers; they, norm and head are for a root that
+            would leave all its modules to the kernels.
+        norm: The norm behind the layers.
+        head: What is behind that.
+    """
+
+    root: nn.Module
+    within: tuple[nn.Module, ...]
+    embeddings: tuple[nn.Embedding, ...] = ()
+    norm: nn.Module | None = None
+    head: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What kernels compute from before a model's layers and behind them.
+
+    Attributes:
+        embedding: Where the tables lie.
+        head: Where norm and head lie.
+        sizes: The rows of each table.
+        channels: The width of the layers' inputs.
+        outputs: The number of logits.
+    """
+
+    embedding: Any
+    head: Any
+    sizes: tuple[int, ...]
+    channels: int
+    outputs: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What kernels compute a model's layers from.
 
@@ -82,12 +124,14 @@ class Plan:
         halves: What has a kernel, in order.
         records: Where the parameters of each lie, as the kernels take them.
         stretches: All layers.
+        ends: What is before and behind them, where no module need be called at all.
         prepared: What a caller has prepared for the states in a cache.
     """
 
     halves: tuple[Half, ...]
     records: list[Any]
     stretches: tuple[Stretch, ...]
+    ends: Ends | None
     prepared: WeakKeyDictionary[Any, Any] = field(default_factory=WeakKeyDictionary)
 
 
@@ -112,26 +156,26 @@ class DecodingStep:
 
     def forget(self) -> None:
         """Lets go of the parameters, which would else stay in memory with this."""
-        self._known: tuple[tuple[nn.Module, ...], _Watch, Plan] | None = None
+        self._known: tuple[_Watch, Plan] | None = None
 
-    def plan(self, layers: nn.ModuleList, kernels: ModuleType) -> Plan | None:
-        """Gives what the kernels compute these layers from.
+    def plan(self, pieces: Callable[[], Pieces], kernels: ModuleType) -> Plan | None:
+        """Gives what the kernels compute a model's layers from.
 
         Args:
-            layers: The layers.
+            pieces: Gives the model's modules, of the same root each time.
             kernels: What `i3lm.ops.decoding_step.decoding_kernels` gives.
 
         Returns:
-            The plan, or None where a hook is on all modules of the process.
+            The plan, or None where no half has a kernel or a hook is on all modules of the
+            process.
         """
         if any(_GLOBAL_HOOKS):
             return None
         known = self._known
-        if known is None or known[0] != tuple(layers) or not known[1].unchanged():
+        if known is None or not known[0].unchanged():
             watch = _Watch()
-            plan = _look_up(layers, self.names, kernels, watch)
-            known = self._known = tuple(layers), watch, plan
-        return known[2]
+            known = self._known = watch, _look_up(pieces(), self.names, kernels, watch)
+        return known[1] if known[1].halves else None
 
 
 @dataclass
@@ -188,15 +232,20 @@ class _Watch:
 
 
 def _look_up(
-    layers: nn.ModuleList, names: Sequence[tuple[str, str]], kernels: ModuleType, watch: _Watch
+    pieces: Pieces, names: Sequence[tuple[str, str]], kernels: ModuleType, watch: _Watch
 ) -> Plan:
+    for module in (pieces.root, *pieces.within):
+        watch.add(module)
     halves: list[Half] = []
     records: list[Any] = []
     stretches: list[Stretch] = []
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(pieces.within[-1].children()):
         present = [pair for pair in names if hasattr(layer, pair[1])]
         watch.add(layer)
-        parts = [_Part(getattr(layer, norm), getattr(layer, module)) for norm, module in present]
+        parts = [
+            _Part(getattr(layer, norm), module, _PARTS.get(type(module)))
+            for norm, module in ((norm, getattr(layer, name)) for norm, name in present)
+        ]
         for part in parts:
             part.watch_with(watch)
         served = not _is_replaced(layer) and all(part.is_served() for part in parts)
@@ -207,7 +256,36 @@ def _look_up(
         here = range(number, number + 1)
         new = range(first, len(halves)) if served else None
         _append(stretches, Stretch(here, new, served and _is_intercepted(layer)))
-    return Plan(tuple(halves), records, tuple(stretches))
+    ends = _look_up_ends(pieces, kernels, watch) if _is_whole(stretches) else None
+    return Plan(tuple(halves), records, tuple(stretches), ends)
+
+
+def _is_whole(stretches: list[Stretch]) -> bool:
+    """Whether kernels compute all layers, and nobody wants to know of one."""
+    return len(stretches) == 1 and stretches[0].halves is not None and not stretches[0].is_watched
+
+
+def _look_up_ends(pieces: Pieces, kernels: ModuleType, watch: _Watch) -> Ends | None:
+    if pieces.norm is None or pieces.head is None:
+        return None
+    head, tables = _Part(pieces.norm, pieces.head, _HEAD), pieces.embeddings
+    head.watch_with(watch)
+    for table in tables:
+        watch.add(table)
+    if (
+        any(map(_is_intercepted, pieces.within))
+        or not head.is_served()
+        or not all(map(_is_table, tables))
+    ):
+        return None
+    weights = [table.weight for table in tables]
+    watch.add_memory(weights)
+    return Ends(
+        kernels.record_of("embedding", epsilon=0.0, width=0, vectors=weights),
+        head.record(kernels),
+        tuple(len(weight) for weight in weights),
+        *reversed(head.weights[0].shape),
+    )
 
 
 def _append(stretches: list[Stretch], new: Stretch) -> None:
@@ -223,10 +301,10 @@ def _append(stretches: list[Stretch], new: Stretch) -> None:
 class _Part:
     """A norm and what stands behind it, with the linear maps inside."""
 
-    def __init__(self, norm: nn.Module, module: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, module: nn.Module, form: _Form | None) -> None:
         self.norm, self.module = norm, module
-        self.kernel, names, maps = _PARTS.get(type(module), ("", (), ()))
-        self.linears = [getattr(module, name) for name in maps]
+        self.kernel, names, maps = form or ("", (), ())
+        self.linears = [module.get_submodule(name) for name in maps]
         stored = [parts for x in self.linears if isinstance(x, Linear) and (parts := x.stored())]
         self.vectors = [getattr(module, name) for name in names]
         self.weights = [parts[0] for parts in stored]
@@ -291,6 +369,17 @@ def _is_intercepted(module: nn.Module) -> bool:
     """Whether more than its own forward pass happens when a module is called."""
     hooked = bool(module._forward_hooks) or bool(module._forward_pre_hooks)
     return hooked or _is_replaced(module)
+
+
+def _is_table(module: nn.Embedding) -> bool:
+    """Whether a module gives rows of a table as they lie."""
+    return (
+        type(module) is nn.Embedding
+        and module.max_norm is None
+        and not _is_intercepted(module)
+        and module.weight.dtype == torch.float32
+        and _is_plain(module.weight)
+    )
 
 
 def _is_plain(tensor: Tensor) -> bool:

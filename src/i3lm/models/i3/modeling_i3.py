@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from i3lm.layers import (
     parameter_groups,
 )
 from i3lm.layers.attention import Rotation
-from i3lm.layers.decoding_step import DecodingStep, Stretch
+from i3lm.layers.decoding_step import DecodingStep, Pieces, Plan, Stretch
 from i3lm.layers.time_mix import TimeMixState
 from i3lm.models.i3.cache_i3 import (
     FEED_FORWARD_SHIFT,
@@ -45,7 +46,7 @@ from i3lm.models.i3.cache_i3 import (
     write_state,
 )
 from i3lm.models.i3.configuration_i3 import I3Config
-from i3lm.models.i3.decoding_i3 import TokenByKernels, begin_token
+from i3lm.models.i3.decoding_i3 import TokenByKernels, begin_token, next_logits
 from i3lm.models.i3.generation_i3 import I3GenerationMixin
 from i3lm.models.i3.initialization_i3 import initialize_original, initialize_rwkv
 from i3lm.models.i3.packing_i3 import (
@@ -169,6 +170,14 @@ class I3PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _is_stateful = True
 
+    def __init__(self, config: I3Config) -> None:
+        super().__init__(config)
+        self._decoding_step = DecodingStep(_HALVES)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> I3PreTrainedModel:
+        self._decoding_step.forget()
+        return super()._apply(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         initialize_original(module, self.config.initializer_range)
@@ -199,6 +208,7 @@ class I3Model(I3PreTrainedModel):
     def __init__(self, config: I3Config) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_embedding: RotaryEmbedding | None = None
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         elif config.position_embedding_type == "rope":
@@ -211,13 +221,8 @@ class I3Model(I3PreTrainedModel):
             I3DecoderLayer(config, index) for index in range(len(config.layer_types or ()))
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self._decoding_step = DecodingStep(_HALVES)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def _apply(self, *args: Any, **kwargs: Any) -> I3Model:
-        self._decoding_step.forget()
-        return super()._apply(*args, **kwargs)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -290,7 +295,7 @@ class I3Model(I3PreTrainedModel):
         hidden_states, rotation = inputs_embeds, None
         if positions == "learned":
             hidden_states = inputs_embeds + self.embed_positions(position_ids)
-        elif positions == "rope":
+        elif self.rotary_embedding is not None:
             exact = inputs_embeds.dtype == torch.float64
             rotation = self.rotary_embedding(
                 position_ids, torch.float64 if exact else torch.float32
@@ -334,11 +339,14 @@ class I3Model(I3PreTrainedModel):
         rotation: Rotation | None,
     ) -> TokenByKernels | None:
         """What computes layers for one new token by kernels, where they serve it."""
-        kernels = decoding_kernels(x)
-        plan = None if kernels is None else self._decoding_step.plan(self.layers, kernels)
-        if kernels is None or plan is None or not plan.halves:
+        kernels = decoding_kernels(x, x.dtype)
+        plan = None if kernels is None else self._decoding_step.plan(self._pieces, kernels)
+        if kernels is None or plan is None:
             return None
-        return begin_token(kernels, plan, cache, x, masks, rotation)
+        return begin_token(kernels, plan, cache, (len(x), x.shape[-1]), masks, rotation)
+
+    def _pieces(self) -> Pieces:
+        return Pieces(self, (self.layers,))
 
     def _causal_masks(
         self,
@@ -463,6 +471,12 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
 
         The other arguments are those of `I3Model.forward`.
         """
+        others = (inputs_embeds, labels, shift_labels, reset, carried_state)
+        plain = not (kwargs or skip_logits) and all(other is None for other in others)
+        if plain and input_ids is not None and isinstance(logits_to_keep, int):
+            logits = next_logits(self, input_ids, attention_mask, position_ids, past_key_values)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -499,6 +513,16 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def plan_step(self, kernels: ModuleType) -> Plan | None:
+        """Gives what the kernels of a decoding step compute, perhaps with embeddings and head."""
+        return self._decoding_step.plan(self._pieces, kernels)
+
+    def _pieces(self) -> Pieces:
+        model, embeddings = self.model, [self.model.embed_tokens]
+        if self.config.position_embedding_type == "learned":
+            embeddings.append(model.embed_positions)
+        return Pieces(self, (model, model.layers), tuple(embeddings), model.norm, self.lm_head)
 
     def _loss_in_pieces(
         self, hidden_states: Tensor, labels: Tensor | None, shift_labels: Tensor | None

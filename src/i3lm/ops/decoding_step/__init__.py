@@ -52,11 +52,12 @@ DECODING_STEP = Op(
 )
 
 
-def decoding_kernels(x: torch.Tensor) -> ModuleType | None:
+def decoding_kernels(x: torch.Tensor, dtype: torch.dtype) -> ModuleType | None:
     """Gives the kernels for a step, or None where the modules are to be called one by one.
 
     Args:
-        x: The inputs of the first layer, shape (B, T, C).
+        x: Ids or inputs of the first layer, shape (B, T, ...).
+        dtype: Of these inputs.
 
     Returns:
         The kernels, for one new token of each of at most `FEW_ROWS` sequences on a CPU, outside
@@ -72,5 +73,5 @@ def decoding_kernels(x: torch.Tensor) -> ModuleType | None:
         or torch.is_autocast_enabled("cpu")
     ):
         return None
-    kernels: ModuleType | None = DECODING_STEP.choose(x.device, x.dtype).implementation.forward()
+    kernels: ModuleType | None = DECODING_STEP.choose(x.device, dtype).implementation.forward()
     return kernels

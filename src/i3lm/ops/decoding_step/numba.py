@@ -1,4 +1,4 @@
-"""The halves of a layer for one new token, each compiled by numba.
+"""The halves of a layer for one new token, and what is before and behind all layers, by numba.
 
 A step of decoding reads every matrix once and computes little else, so what counts is that nothing
 stands between one matrix and the next. Only products are worth two threads; all else is short and
@@ -37,7 +37,8 @@ STEP = np.dtype(
         ("norm", _ADDRESS, (2,)),  # weight and bias
         ("vectors", _ADDRESS, (5,)),
         # What is new with every token. Of an attention: the first of the keys and of the values,
-        # the mask, and cosines and sines.
+        # the mask, and cosines and sines. Of an embedding: ids and positions; of a head: where the
+        # address of the logits stands.
         ("states", _ADDRESS, (4,)),
         ("room", np.int64),  # tokens from one head's keys to the next head's
         ("count", np.int64),  # tokens that an attention looks at, the new one the last
@@ -61,19 +62,19 @@ def _record(address):
 
 @serial()
 def run(R, C, x, steps, count, work, tasks):
-    """Replaces x (R, C) by what the halves make of it, one after the other.
+    """Replaces x (R, C) by what the kernels make of it, one after the other.
 
     Args:
         R: Rows.
         C: Channels.
         x: Its address.
-        steps: The address of the first half's record; the others follow.
-        count: The number of halves.
+        steps: The address of the first record; the others follow.
+        count: The number of records.
         work: The address of memory for `floats_needed` numbers.
         tasks: The number of threads.
 
     Returns:
-        How many halves were computed; fewer than `count` if one failed.
+        How many were computed; fewer than `count` if one failed.
     """
     for i in range(count):
         step = steps + i * _STEP_BYTES
@@ -303,6 +304,15 @@ def _project_mixes(R, C, x, at, shift, share, count, work, outputs, tasks):
     return _multiply(at, 0, count, R, mixes, outputs, tasks)
 
 
+@serial()
+def _add_rows(x, table, numbers):
+    """Adds to every row of x the row of a table (any, C) that a number names."""
+    R, C = x.shape
+    rows = carray(pointer(numbers), (R,), np.int64)
+    for r in range(R):
+        _add(x[r : r + 1], floats(table + 4 * C * rows[r], (1, C)))
+
+
 # The kernels, all of one form. They take the numbers of rows and channels, the addresses of x
 # (R, C), of the half's record and of memory to work in, and the number of threads; they give 1.
 # An exception in one ends in a 0 by numba (`address_of`), and so does one in what they call.
@@ -408,6 +418,24 @@ def attention(R, C, x, at, work, tasks):
     return 1
 
 
+def embedding(R, C, x, at, work, tasks):
+    """The embedding of a token and, where there are any, of its position."""
+    step, x = _record(at), floats(x, (R, C))
+    x[:] = 0
+    _add_rows(x, step.vectors[0], step.states[0])
+    if step.vectors[1]:
+        _add_rows(x, step.vectors[1], step.states[1])
+    return 1
+
+
+def head(R, C, x, at, work, tasks):
+    """``head(norm(x))``, which goes elsewhere: x stays."""
+    step = _record(at)
+    _norm(floats(x, (R, C)), step, floats(work, (R, C)))
+    logits = carray(pointer(step.states[0]), (1,), np.int64)[0]
+    return _multiply(at, 0, 1, R, work, logits, tasks)
+
+
 def floats_needed(R, C, width):
     """How many numbers a kernel needs room for, given the record's `width`."""
     return R * (8 * C + width)
@@ -419,4 +447,6 @@ KERNELS: dict[str, Callable[..., int]] = {
     "state_space": state_space,
     "feed_forward": feed_forward,
     "attention": attention,
+    "embedding": embedding,
+    "head": head,
 }

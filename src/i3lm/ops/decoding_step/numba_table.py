@@ -1,7 +1,7 @@
 """The kernels as a step of decoding calls them: with a table that says where everything lies.
 
-It has one record for each half of a layer. Handing numba the hundreds of arrays of a model anew
-for every token would take as long as a small model computes.
+It has one record for each kernel that is to run. Handing numba the hundreds of arrays of a model
+anew for every token would take as long as a small model computes.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ def record_of(
     name: str,
     epsilon: float,
     width: int,
-    norm: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    norm: Sequence[Tensor] = (),
+    vectors: Sequence[Tensor] = (),
+    weights: Sequence[Tensor] = (),
     scales: Sequence[Tensor | None] = (),
     biases: Sequence[Tensor | None] = (),
 ) -> Any:
-    """Gives the record of a half of a layer, but for its states.
+    """Gives a kernel's record, but for its states.
 
     Args:
         name: The kernel's name.
         epsilon: Of the LayerNorm.
         width: The width of the middle or the state, or the number of heads.
         norm: Weight and bias of the LayerNorm.
-        vectors: The kernel's vectors, in its order; as all tensors here contiguous, and where they
-            are as long as the record is used.
+        vectors: The kernel's vectors or tables, in its order; as all tensors here contiguous, and
+            where they are as long as the record is used.
         weights: Its matrices, in its order, of one dtype.
         scales: For each matrix a factor per output or None; or nothing.
         biases: For each matrix a summand per output or None; or nothing.
@@ -60,7 +60,11 @@ def record_of(
 
 
 class Table:
-    """The records of halves that follow each other, with their states, and memory to work in.
+    """The records of kernels that follow each other, with their states, and memory to work in.
+
+    Attributes:
+        records: The records.
+        places: The four ``states`` of each, its ``room`` and its ``count``, to be written at once.
 
     Args:
         records: The records, which are copied.
@@ -70,17 +74,18 @@ class Table:
 
     def __init__(self, records: Sequence[Any], R: int, C: int) -> None:
         self.records = np.array(records, halves.STEP)
+        self.places = self.records.view(np.int64).reshape(len(records), -1)[:, -6:]
         self.R, self.C = R, C
         widths = self.records["width"]
         self.work = torch.empty(halves.floats_needed(R, C, int(widths.max(initial=0))))
         self._places = self.records.__array_interface__["data"][0], self.work.data_ptr()
 
     def run(self, x: Tensor, first: int, count: int) -> None:
-        """Replaces x by what halves make of it, and their states by those after it.
+        """Replaces x by what kernels make of it, and their states by those after it.
 
         Args:
             x: Inputs, float32, shape (R, C) or (R, 1, C), contiguous.
-            first: The number of the first half.
+            first: The number of the first record.
             count: How many of them.
 
         Raises:
@@ -91,8 +96,8 @@ class Table:
         done = halves.run(self.R, self.C, x.data_ptr(), steps, count, work, match_threads())
         if done < count:
             raise RuntimeError(
-                f"the kernel of half {first + done} of a decoding step failed; its error stands "
-                "above. i3lm.ops.dispatch.use_implementation(decoding_step='modules') does without"
+                f"kernel {first + done} of a decoding step failed; its error stands above."
+                " i3lm.ops.dispatch.use_implementation(decoding_step='modules') does without"
             )
 
 
