@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
 
 
 def time_alternating(
-    runs: dict[str, Callable[[], Any]], repeats: int, *, warmup: int = 1
+    runs: dict[str, Callable[[], Any]], repeats: int, *, warmup: int = 1, lead: int = 0
 ) -> dict[str, list[float]]:
     """Times several things in turn, A B C A B C ..., so that drift of the machine hits all.
 
@@ -43,6 +43,8 @@ def time_alternating(
         runs: Name -> what to run.
         repeats: Counted runs of each.
         warmup: Runs of each before counting.
+        lead: Runs of each that are not counted at the beginning of every turn, for what comes one
+            after the other in use: the others leave nothing of its own in the caches.
 
     Returns:
         Name -> seconds of each counted run.
@@ -53,6 +55,8 @@ def time_alternating(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            for _ in range(lead):
+                run()
             _synchronize()
             began = time.perf_counter()
             run()

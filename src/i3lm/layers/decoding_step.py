@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from operator import is_
 from types import ModuleType
@@ -125,6 +127,7 @@ class Plan:
         records: Where the parameters of each lie, as the kernels take them.
         stretches: All layers.
         ends: What is before and behind them, where no module need be called at all.
+        wanted: Addresses of what is looked at before every token.
         prepared: What a caller has prepared for the states in a cache.
     """
 
@@ -132,6 +135,7 @@ class Plan:
     records: list[Any]
     stretches: tuple[Stretch, ...]
     ends: Ends | None
+    wanted: list[int]
     prepared: WeakKeyDictionary[Any, Any] = field(default_factory=WeakKeyDictionary)
 
 
@@ -195,7 +199,8 @@ class _Watch:
     others: list[dict[Any, Any]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
-    addresses: list[int] = field(default_factory=list)
+    # In one piece: a list's numbers would be one more thing to touch each.
+    addresses: array[int] = field(default_factory=partial(array, "Q"))
     kept: list[Tensor] = field(default_factory=list)
 
     def unchanged(self) -> bool:
@@ -208,7 +213,7 @@ class _Watch:
             and list(map(len, self.others)) == self.sizes
             # `module.to` keeps a parameter and changes what it holds. Shards that come and go may
             # have their memory again, and then it is theirs.
-            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+            and array("Q", map(Tensor.data_ptr, self.tensors)) == self.addresses
         )
 
     def add(self, module: nn.Module) -> None:
@@ -226,9 +231,22 @@ class _Watch:
     def add_memory(self, tensors: list[Tensor]) -> None:
         """Watches where tensors lie."""
         self.tensors += tensors
-        self.addresses += [tensor.data_ptr() for tensor in tensors]
+        self.addresses.extend(tensor.data_ptr() for tensor in tensors)
         # Kept though a parameter be given other memory, which then cannot have the same address.
         self.kept += [tensor.detach() for tensor in tensors]
+
+    def places(self) -> list[int]:
+        """Where in memory most of what is looked at lies, for it to be fetched ahead.
+
+        An object's address is its `id` in CPython, with what the collector keeps before it;
+        elsewhere other memory is fetched in vain.
+        """
+        objects = [*self.modules, *self.homes, *self.others, *self.tensors]
+        places = [id(thing) + offset for thing in objects for offset in (-16, 32)]
+        for tensor in self.tensors:
+            places += range(tensor._cdata, tensor._cdata + 192, 64)
+            places.append(tensor.untyped_storage()._cdata)
+        return places
 
 
 def _look_up(
@@ -257,7 +275,7 @@ def _look_up(
         new = range(first, len(halves)) if served else None
         _append(stretches, Stretch(here, new, served and _is_intercepted(layer)))
     ends = _look_up_ends(pieces, kernels, watch) if _is_whole(stretches) else None
-    return Plan(tuple(halves), records, tuple(stretches), ends)
+    return Plan(tuple(halves), records, tuple(stretches), ends, watch.places())
 
 
 def _is_whole(stretches: list[Stretch]) -> bool:

@@ -19,7 +19,16 @@ import numpy as np
 from numba import carray, njit, prange
 
 from i3lm.ops.linear.numba import HEIGHT, INPUT, NUMBERS, OUTPUT, WIDTH
-from i3lm.ops.numba_bridge import call, compiled, exp, floats, inlined, pointer, serial
+from i3lm.ops.numba_bridge import (
+    call,
+    compiled,
+    exp,
+    fetch_line,
+    floats,
+    inlined,
+    pointer,
+    serial,
+)
 from i3lm.ops.wkv.numba import next_token
 from i3lm.ops.wkv.reference import FASTEST_DECAY
 
@@ -61,7 +70,7 @@ def _record(address):
 
 
 @serial()
-def run(R, C, x, steps, count, work, tasks):
+def run(R, C, x, steps, count, work, tasks, wanted, lines):
     """Replaces x (R, C) by what the kernels make of it, one after the other.
 
     Args:
@@ -72,14 +81,20 @@ def run(R, C, x, steps, count, work, tasks):
         count: The number of records.
         work: The address of memory for `floats_needed` numbers.
         tasks: The number of threads.
+        wanted: The address of addresses of memory that the caller looks at next; the matrices
+            have driven it out of the caches.
+        lines: How many of them.
 
     Returns:
         How many were computed; fewer than `count` if one failed.
     """
+    addresses = carray(pointer(wanted), (lines,), np.int64)
     for i in range(count):
         step = steps + i * _STEP_BYTES
         if not call(_record(step).kernel, R, C, x, step, work, tasks):
             return i
+    for i in range(lines):
+        fetch_line(addresses[i])
     return count
 
 
@@ -207,12 +222,6 @@ def _add(total, x):
 
 
 @_as_written
-def _add_scaled(total, share, x):
-    for i in range(total.size):
-        total[i] += share * x[i]
-
-
-@_as_written
 def _turn(x, cosine, sine):
     """Turns queries or keys (H, D) of one token by the angles of its position."""
     half = x.shape[1] // 2
@@ -244,18 +253,34 @@ def _softmax(scores):
 
 
 @serial()
+def _score(query, keys, scores):
+    scale = np.float32(1 / np.sqrt(query.size))
+    for s in range(scores.size):
+        total = np.float32(0)
+        for i in range(query.size):
+            total += query[i] * keys[s, i]
+        scores[s] = total * scale
+
+
+@_as_written
+def _sum_up(scores, values, output):
+    for i in range(output.size):
+        output[i] = 0
+    for s in range(scores.size):
+        for i in range(output.size):
+            output[i] += scores[s] * values[s, i]
+
+
+@serial()
 def _attend_head(query, keys, values, mask, output):
     """One query (D,) over the keys and values (S, D) that the mask (S,) or (0,) leaves."""
-    scale = np.float32(1 / np.sqrt(query.size))
     scores = np.empty(len(keys), np.float32)
-    for s in range(len(keys)):
-        scores[s] = _dot(query, keys[s]) * scale
-        if mask.size and not mask[s]:
+    _score(query, keys, scores)
+    for s in range(mask.size):
+        if not mask[s]:
             scores[s] = -np.inf
     _softmax(scores)
-    output[:] = 0
-    for s in range(len(keys)):
-        _add_scaled(output, scores[s], values[s])
+    _sum_up(scores, values, output)
 
 
 @compiled()
