@@ -39,7 +39,7 @@ from i3lm.ops.speed import measure_matmul_flops
 from i3lm.planning import count_parameters, training_flops_per_token
 from i3lm.presets import load_preset
 from i3lm.training.gradient_checkpointing import checkpoint_gradients
-from i3lm.training.optimizers import OnePassAdamW, leave_gradients_narrow, make_optimizer
+from i3lm.training.optimizers import OnePassAdamW, leave_gradients_small, make_optimizer
 
 
 class Step:
@@ -91,7 +91,7 @@ def ours(options) -> Step:
         fused=True, state=options.optimizer_state,
     )  # fmt: skip
     if isinstance(optimizer, OnePassAdamW):
-        leave_gradients_narrow(model)
+        leave_gradients_small(model)
     ids, labels = batch_of(config, options)
     return Step(
         model,

@@ -89,6 +89,60 @@ def test_norm_is_that_of_all_numbers_at_once(implementation: str):
             assert not torch.tensor(gradient_norm([*gradients, torch.tensor([bad])])).isfinite()
 
 
+@given(
+    rows=st.integers(1, 300),
+    width=st.sampled_from([1, 7, 512, 1000, 1024, 3000]),
+    count=st.integers(0, 40),
+    narrow=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_sparse_gradient_gives_the_bits_of_its_dense_form(
+    rows: int, width: int, count: int, narrow: bool, seed: int
+):
+    """Rows that are left out decay too, and ids that come several times are added up in order."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, rows, (count,), generator=draw)
+    table = torch.nn.Parameter(torch.zeros(rows, width))
+    parts = normals([(count, width)], seed)[0]
+    torch.nn.functional.embedding(ids, table).backward(parts)
+    dense, table.grad = table.grad, None
+    torch.nn.functional.embedding(ids, table, sparse=True).backward(parts)
+    assert table.grad.is_sparse
+    results = []
+    for gradient in (dense, table.grad):
+        first, p, m, v = normals([(5,), *[(rows, width)] * 3], seed + 1)
+        v = v.abs()
+        if narrow:
+            m, v = m.bfloat16(), v.bfloat16()
+        beside = [first.clone().to(x.dtype).abs() for x in (p, m, v)]
+        pairs = [[x, y] for x, y in zip(beside, (p, m, v), strict=True)]
+        gradients = [first, gradient]
+        with use_implementation(adamw_step="numba"):
+            adamw_step(pairs[0], gradients, *pairs[1:], [settings_of(3)] * 2, scale=0.5)
+        results.append([x for pair in pairs for x in pair])
+        exact = torch.cat([first.flatten(), dense.flatten()]).double().norm().item()
+        assert gradient_norm(gradients) == pytest.approx(exact, rel=1e-6)
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_sparse_gradient_by_hand(implementation: str):
+    """Row 2 comes twice, row 0 once and row 1 not at all; the first step moves by the rate."""
+    gradient = torch.sparse_coo_tensor(
+        [[2, 0, 2]], [[1.0], [-1.0], [-4.0]], (3, 1), check_invariants=True
+    )
+    p, m, v = torch.ones(3, 1), torch.zeros(3, 1), torch.zeros(3, 1)
+    m[1], v[1] = 0.5, 0.25
+    rates = AdamWSettings(0.1, (0.9, 0.99), 0.0, 0.0, 1)
+    with use_implementation(adamw_step=implementation):
+        adamw_step([p], [gradient], [m], [v], [rates])
+    stays = 0.1 * (0.5 * 0.9 / 0.1) / (0.25 * 0.99 / 0.01) ** 0.5
+    torch.testing.assert_close(p, torch.tensor([[1.1], [1 - stays], [1.1]]))
+    torch.testing.assert_close(m, torch.tensor([[-0.1], [0.45], [-0.3]]))
+    torch.testing.assert_close(v, torch.tensor([[0.01], [0.2475], [0.09]]))
+
+
 def test_the_same_bits_with_any_number_of_threads():
     results = []
     before = torch.get_num_threads()
@@ -149,6 +203,8 @@ def test_what_does_not_fit_is_refused():
             adamw_step(p * 2, g * 2, m * 2, v * 2, [settings_of(1)] * few)
     with pytest.raises(ValueError, match=r"averages \(2\) must be as many as .* \(1\)"):
         adamw_step(p, g, m * 2, v, [settings_of(1)])
+    with pytest.raises(ValueError, match=r"gradients\[0\] must be a matrix .* one of 2 sparse"):
+        adamw_step(p, [torch.zeros(3, 4).to_sparse()], m, v, [settings_of(1)])
     with use_implementation(adamw_step="numba"):
         with pytest.raises(
             ValueError,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from i3lm.ops import linear_cross_entropy
+from i3lm.ops import linear, linear_cross_entropy
 from i3lm.ops.cross_entropy import SOFTMAX_LOSS
 from i3lm.ops.dispatch import use_implementation
 from tests.ops.drawing import make_generator
@@ -119,6 +121,32 @@ def test_only_wanted_gradients_are_computed():
     (got,) = torch.autograd.grad(loss, hidden)
     (expected,) = torch.autograd.grad(plain_loss(tensors, labels), hidden)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_large_tensors_go_when_they_have_served(pieces: int, monkeypatch: pytest.MonkeyPatch):
+    """The logits of a piece before those of the next; the matrix's copy before its gradient."""
+    N, C, V = 12, 8, 40
+    tensors, labels = draw(N, C, V, has_bias=False)
+    wanted = [x.float().requires_grad_() for x in tensors]
+    logits, copies, last = [], [], []
+
+    def watched(x: Tensor, weight: Tensor) -> Tensor:
+        if weight.shape == (V, C):
+            copies.append(weakref.ref(weight))
+            assert not any(earlier() is not None for earlier in logits)
+        if x.shape[0] == V:
+            last.append(copies[-1]() is None)
+        output = linear(x, weight)
+        if output.shape[1] == V:
+            logits.append(weakref.ref(output))
+        return output
+
+    monkeypatch.setattr("i3lm.ops.cross_entropy.linear", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_of(wanted, labels, piece_bytes=2 * V * N // pieces)
+    assert len(logits) == pieces
+    assert last == [False] * (pieces - 1) + [True]
 
 
 def test_without_gradients_none_are_computed():

@@ -10,6 +10,7 @@ from transformers import TrainerState
 
 from i3lm.models.i3 import I3Config, I3ForCausalLM
 from i3lm.training.guards import SpectralRadiusWatch, find_non_finite, spectral_radius
+from i3lm.training.optimizers import leave_gradients_small
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -66,12 +67,24 @@ SPOILS: dict[str, tuple[Callable[[I3ForCausalLM], None], str]] = {
 }
 
 
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_where_a_number_goes_wrong(spoil: str):
+def test_where_a_number_goes_wrong(spoil: str, small: bool):
     model = make_model()
+    if small:
+        leave_gradients_small(model)
     spoil_it, expected = SPOILS[spoil]
     spoil_it(model)
     assert find(model) == expected
+
+
+def test_a_sparse_gradient_is_looked_at():
+    model = make_model()
+    leave_gradients_small(model)
+    model.model.embed_tokens.weight.register_hook(lambda gradient: gradient * math.inf)
+    assert (
+        find(model) == "the gradient of model.embed_tokens.weight is the first that is not finite"
+    )
 
 
 def test_the_loss_itself_and_nothing_at_all():

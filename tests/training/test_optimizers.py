@@ -20,7 +20,7 @@ from i3lm.presets import make_config
 from i3lm.training.optimizers import (
     MuonWithAdamW,
     OnePassAdamW,
-    leave_gradients_narrow,
+    leave_gradients_small,
     make_optimizer,
     model_groups,
 )
@@ -190,6 +190,25 @@ def test_adamw_in_one_pass_is_clipping_and_adamw():
     ours.load_state_dict(theirs.state_dict())
 
 
+def test_one_pass_takes_a_sparse_gradient_for_a_dense_one():
+    """Bit for bit, over clipped steps whose batches have other ids; it stays sparse."""
+    results = []
+    for small in (False, True):
+        model = tiny_model()
+        optimizer = optimizer_of(model, "adamw")
+        if small:
+            leave_gradients_small(model)
+        for step in range(4):
+            ids = IDS[:, step : step + 5] // 2
+            (3 * model(input_ids=ids, labels=ids).loss).backward()
+            optimizer.clip_grad_norm(1.0)
+            optimizer.step()
+            assert model.model.embed_tokens.weight.grad.is_sparse == small
+            optimizer.zero_grad()
+        results.append([*model.parameters()])
+    assert all(one.equal(other) for one, other in zip(*results, strict=True))
+
+
 def test_one_pass_passes_over_parameters_without_a_gradient():
     model = tiny_model()
     optimizer = optimizer_of(model, "adamw")
@@ -209,34 +228,40 @@ def test_parameters_that_no_kernel_serves_get_the_adamw_of_pytorch():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_narrow_gradients_are_those_that_products_give(kind: str):
-    """Bit for bit: the gradients of matrices alone stay in bfloat16, and lose nothing by it."""
+def test_small_gradients_are_those_that_products_give(kind: str):
+    """Bit for bit: the gradients of matrices alone stay in bfloat16, and lose nothing by it.
+
+    Those of the embeddings have a row per token.
+    """
     model = tiny_model(kind)
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=IDS, shift_labels=IDS, skip_logits=True).loss.backward()
     wide = {name: p.grad for name, p in model.named_parameters()}
     assert {grad.dtype for grad in wide.values()} == {torch.float32}
     model.zero_grad()
-    leave_gradients_narrow(model)
+    leave_gradients_small(model)
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=IDS, shift_labels=IDS, skip_logits=True).loss.backward()
     kinds = set()
     for name, p in model.named_parameters():
-        assert p.grad.float().equal(wide[name]), name
+        assert p.grad.to_dense().float().equal(wide[name]), name
+        assert p.grad.is_sparse == (".embed_" in name)
         kinds.add((p.dim() == 2, p.grad.dtype))
     assert (True, torch.bfloat16) in kinds
-    assert model.model.embed_tokens.weight.grad.dtype == torch.float32
+    embedding = model.model.embed_tokens.weight.grad
+    assert (embedding.dtype, embedding._nnz()) == (torch.float32, IDS.numel())
     assert (False, torch.bfloat16) not in kinds
 
 
-def test_a_tied_head_keeps_gradients_in_float32():
+def test_a_tied_head_keeps_gradients_in_float32_and_whole():
     torch.manual_seed(0)
     fields = {**TINY, **KINDS["rwkv4"], "tie_word_embeddings": True}
     model = AutoModelForCausalLM.from_config(make_config(fields))
-    leave_gradients_narrow(model)
+    leave_gradients_small(model)
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=IDS, shift_labels=IDS, skip_logits=True).loss.backward()
     assert model.lm_head.weight.grad.dtype == torch.float32
+    assert not model.lm_head.weight.grad.is_sparse
     assert model.model.layers[0].mixer.key.weight.grad.dtype == torch.bfloat16
 
 

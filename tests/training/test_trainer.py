@@ -178,37 +178,41 @@ def make_model() -> I3ForCausalLM:
     return I3ForCausalLM(config)
 
 
+WIDE = {(torch.float32, torch.strided)}
+SMALL = WIDE | {(torch.bfloat16, torch.strided), (torch.float32, torch.sparse_coo)}
+
+
 class GradientTypes(TrainerCallback):
-    """Collects the dtypes of the gradients of every step."""
+    """Collects the dtypes and layouts of the gradients of every step."""
 
     def __init__(self) -> None:
-        self.seen: set[torch.dtype] = set()
+        self.seen: set[tuple[torch.dtype, torch.layout]] = set()
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs) -> None:
-        self.seen |= {p.grad.dtype for p in model.parameters()}
+        self.seen |= {(p.grad.dtype, p.grad.layout) for p in model.parameters()}
 
 
-def test_gradients_stay_narrow_where_none_are_summed_and_change_nothing(
+def test_gradients_stay_small_where_none_are_summed_and_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Weights after six steps are the same bit for bit; a sum of gradients is float32."""
+    """Weights after six steps are the same bit for bit; a sum of gradients is dense float32."""
     weights = []
-    for narrow in (True, False):
-        if not narrow:
-            monkeypatch.setattr("i3lm.training.trainer.leave_gradients_narrow", lambda model: None)
+    for small in (True, False):
+        if not small:
+            monkeypatch.setattr("i3lm.training.trainer.leave_gradients_small", lambda model: None)
         trainer = make_trainer(
-            tmp_path / str(narrow), precision="bf16", gradient_accumulation_steps=1
+            tmp_path / str(small), precision="bf16", gradient_accumulation_steps=1
         )
         trainer.add_callback(types := GradientTypes())
         trainer.train()
-        assert types.seen == {torch.float32, torch.bfloat16} if narrow else {torch.float32}
+        assert types.seen == (SMALL if small else WIDE)
         weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
     assert weights[0].equal(weights[1])
     monkeypatch.undo()
     trainer = make_trainer(tmp_path / "summed", precision="bf16", gradient_accumulation_steps=2)
     trainer.add_callback(types := GradientTypes())
     trainer.train()
-    assert types.seen == {torch.float32}
+    assert types.seen == WIDE
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:

@@ -56,7 +56,10 @@ def find_non_finite(
         model.zero_grad()
         loss_of(batch).backward()
         for name, parameter in reversed(list(model.named_parameters())):
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
+            gradient = parameter.grad
+            if gradient is not None and gradient.is_sparse:
+                gradient = gradient.coalesce().values()
+            if gradient is not None and not gradient.isfinite().all():
                 return f"the gradient of {name} is the first that is not finite"
     return ALL_FINITE
 

@@ -13,7 +13,13 @@ from torch.optim import AdamW, Muon, Optimizer
 from i3lm.errors import ConfigurationError
 from i3lm.layers import Linear, parameter_groups
 from i3lm.layers.parameter_groups import MATRIX
-from i3lm.ops.adamw import ADAMW_STEP, AdamWSettings, adamw_step, gradient_norm
+from i3lm.ops.adamw import (
+    ADAMW_STEP,
+    AdamWSettings,
+    adamw_step,
+    add_up_rows,
+    gradient_norm,
+)
 
 
 def make_optimizer(
@@ -85,23 +91,28 @@ def _loss_of(closure: Callable[[], Tensor] | None) -> Tensor | None:
         return closure()
 
 
-def leave_gradients_narrow(model: nn.Module) -> None:
-    """Lets gradients of matrices stay in the dtype in which they are computed.
+def leave_gradients_small(model: nn.Module) -> None:
+    """Lets gradients stay in the form in which they are computed, for `OnePassAdamW`.
 
-    Under autocast that is bfloat16, and turning them into float32 adds nothing but memory and
-    time. For steps of one backward pass alone: sums of gradients need float32. A matrix that
-    serves in several places keeps float32 as well.
+    Those of matrices are bfloat16 under autocast, and turning them into float32 adds nothing but
+    memory and time. That of a token embedding has rows for the ids of the batch, and the zeros of
+    all others need not be written. For steps of one backward pass alone: sums of gradients need
+    float32, and have many rows. A matrix that serves in several places is left as it is.
     """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for module in model.modules():
         if isinstance(module, Linear) and uses[id(module.weight)] == 1:
             module.weight.grad_dtype = None
+        elif type(module) is nn.Embedding and uses[id(module.weight)] == 1:
+            module.sparse = not module.scale_grad_by_freq  # PyTorch knows not both
 
 
 class OnePassAdamW(AdamW):
     """`torch.optim.AdamW` by `i3lm.ops.adamw_step`, with gradient clipping in the same pass.
 
     State and settings are those of `torch.optim.AdamW`, so checkpoints of one serve the other.
+    Sparse gradients are taken for what they are, zero in the rows that they leave out: the step is
+    that of dense ones.
 
     Args:
         groups: Parameter groups.
@@ -123,8 +134,7 @@ class OnePassAdamW(AdamW):
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of all gradients, a float32 scalar."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        return torch.tensor(gradient_norm([g for g in gradients if g is not None]))
+        return torch.tensor(gradient_norm([gradient for _, gradient, _ in self._with_gradients()]))
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Makes the next step one whose gradients have at most this norm; they stay as they are.
@@ -145,18 +155,14 @@ class OnePassAdamW(AdamW):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Takes one step."""
         loss = _loss_of(closure)
-        moved = [
-            (p, self._state_of(p), group)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        torch._foreach_add_([state["step"] for _, state, _ in moved], 1)
+        moved = self._with_gradients()
+        states = [self._state_of(p) for p, _, _ in moved]
+        torch._foreach_add_([state["step"] for state in states], 1)
         adamw_step(
             [p for p, _, _ in moved],
-            [p.grad for p, _, _ in moved],
-            [state["exp_avg"] for _, state, _ in moved],
-            [state["exp_avg_sq"] for _, state, _ in moved],
+            [gradient for _, gradient, _ in moved],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [
                 AdamWSettings(
                     float(group["lr"]),
@@ -165,12 +171,24 @@ class OnePassAdamW(AdamW):
                     group["weight_decay"],
                     int(state["step"]),
                 )
-                for _, state, group in moved
+                for (_, _, group), state in zip(moved, states, strict=True)
             ],
             scale=self._scale,
         )
         self._scale = 1.0
         return loss
+
+    def _with_gradients(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """The parameters that have a gradient, each with it and with its group."""
+        found = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:  # its rows are added up once for norm and step
+                    parameter.grad = add_up_rows(parameter.grad)
+                found.append((parameter, parameter.grad, group))
+        return found
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]

@@ -36,7 +36,7 @@ from i3lm.training.checkpoints import (
 )
 from i3lm.training.guards import ALL_FINITE, NonFiniteError, find_non_finite
 from i3lm.training.metrics import StepTimer
-from i3lm.training.optimizers import OnePassAdamW, leave_gradients_narrow, make_optimizer
+from i3lm.training.optimizers import OnePassAdamW, leave_gradients_small, make_optimizer
 from i3lm.training.sharding import shard_model, shard_optimizer, whole_weights
 
 
@@ -143,7 +143,7 @@ class I3Trainer(Trainer):
             if self.is_sharded:
                 shard_optimizer(self.optimizer)
             if self._sums_no_gradients():
-                leave_gradients_narrow(self.model)
+                leave_gradients_small(self.model)
         return self.optimizer
 
     def _sums_no_gradients(self) -> bool:

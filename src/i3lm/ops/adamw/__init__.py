@@ -68,11 +68,31 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
     """Gives the 2-norm of all gradients together, summed in float64.
 
     Args:
-        gradients: Tensors of any shapes on one device, float32 and bfloat16 mixed, or float64.
+        gradients: Tensors of any shapes on one device, float32 and bfloat16 mixed, or float64;
+            sparse ones are those that `adamw_step` takes.
     """
     if not gradients:
         return 0.0
+    gradients = [add_up_rows(x).values() if x.is_sparse else x for x in gradients]
     return _implementation(GRADIENT_NORM, gradients[0]).forward(gradients)
+
+
+def add_up_rows(gradient: Tensor) -> Tensor:
+    """Gives a sparse gradient in which no row comes twice, summed as the dense one would be.
+
+    `Tensor.coalesce` adds up the rows of an id in any order; the dense gradient of an embedding
+    has them in the order of the batch, and here its own kernel adds them.
+
+    Args:
+        gradient: A matrix that is sparse in its rows, as `torch.nn.Embedding` gives it.
+    """
+    if gradient.is_coalesced():
+        return gradient
+    ids, places = gradient._indices()[0].unique(return_inverse=True)
+    rows = torch.ops.aten.embedding_dense_backward(gradient._values(), places, len(ids), -1, False)
+    return torch.sparse_coo_tensor(
+        ids[None], rows, gradient.shape, is_coalesced=True, check_invariants=True
+    )
 
 
 def adamw_step(
@@ -102,7 +122,8 @@ def adamw_step(
 
     Args:
         parameters: The tensors p, contiguous, float32 or float64.
-        gradients: Their gradients, of the same shapes, in the parameter's dtype or bfloat16.
+        gradients: Their gradients, of the same shapes, in the parameter's dtype or bfloat16. A
+            sparse one, as `torch.nn.Embedding` gives it, is zero in the rows that it leaves out.
         averages: The averages m, of the same shapes, in the parameter's dtype or all in bfloat16.
         squares: The averages v, likewise.
         settings: Rates and number of the step, one for each parameter.
@@ -114,6 +135,7 @@ def adamw_step(
     if not parameters:
         return
     _check(parameters, gradients=gradients, averages=averages, squares=squares, settings=settings)
+    gradients = [add_up_rows(x) if x.is_sparse else x for x in gradients]
     implementation = _implementation(ADAMW_STEP, parameters[0])
     implementation.forward(parameters, gradients, averages, squares, settings, scale)
 
@@ -130,6 +152,12 @@ def _check(parameters: Sequence[Tensor], **groups: Sequence[Any]) -> None:
                     f"{name}[{i}] ({tuple(x.shape)}) must have its parameter's shape "
                     f"{tuple(p.shape)}"
                 )
+    for i, x in enumerate(groups["gradients"]):
+        if x.is_sparse and (x.sparse_dim(), x.dense_dim()) != (1, 1):
+            raise ValueError(
+                f"gradients[{i}] must be a matrix that is sparse in its rows, not one of "
+                f"{x.sparse_dim()} sparse and {x.dense_dim()} dense dimensions"
+            )
 
 
 def _implementation(op: Op, tensor: Tensor) -> Implementation:

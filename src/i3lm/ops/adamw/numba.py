@@ -26,16 +26,29 @@ _FACTORS = tuple(np.uint32(factor) for factor in HASH_FACTORS)
 
 
 @inlined()
-def _load(work, row, address, is_narrow, start, stop):
+def _load(row, address, is_narrow, start, stop):
     """Copies numbers from an address, float32 or the bits of bfloat16, into a row."""
     if is_narrow:
         bits = carray(pointer(address), stop, np.uint16)[start:stop]
         for i in range(bits.shape[0]):
-            work[row, i] = widen(bits[i])
+            row[i] = widen(bits[i])
     else:
         numbers = carray(pointer(address), stop, np.float32)[start:stop]
         for i in range(numbers.shape[0]):
-            work[row, i] = numbers[i]
+            row[i] = numbers[i]
+
+
+@inlined()
+def _load_sparse(row, address, is_narrow, places, width, start, stop):
+    """Copies a piece of a matrix of which some rows are kept, and the others are zero."""
+    for i in range(row.shape[0]):
+        row[i] = 0
+    for r in range(start // width, (stop - 1) // width + 1):
+        place = carray(pointer(places), r + 1, np.int64)[r]
+        if place >= 0:
+            low, high = max(start, r * width), min(stop, (r + 1) * width)
+            moved = (place - r) * width
+            _load(row[low - start : high - start], address, is_narrow, low + moved, high + moved)
 
 
 @inlined()
@@ -73,7 +86,7 @@ def _sums_of_squares(tasks, addresses, narrow, sums):
         total = np.float64(0)
         for start in range(begin, end, _PIECE):
             stop = min(start + _PIECE, end)
-            _load(work, 0, addresses[tensor, 0], narrow[tensor], start, stop)
+            _load(work[0], addresses[tensor, 0], narrow[tensor], start, stop)
             work[0, stop - start :] = 0
             part = np.float32(0)
             for i in range(_PIECE):
@@ -83,11 +96,12 @@ def _sums_of_squares(tasks, addresses, narrow, sums):
 
 
 @compiled()
-def _steps(tasks, addresses, narrow, settings, scale, keys, narrow_state):
+def _steps(tasks, addresses, narrow, sparse, settings, scale, keys, narrow_state):
     for task in prange(len(tasks)):
         tensor, begin, end = tasks[task, 0], tasks[task, 1], tasks[task, 2]
         parameter, gradient = addresses[tensor, 0], addresses[tensor, 1]
         average, square = addresses[tensor, 2], addresses[tensor, 3]
+        places, width = sparse[tensor, 0], sparse[tensor, 1]
         kept, step_size = settings[tensor, 0], settings[tensor, 1]
         beta1, beta2 = settings[tensor, 2], settings[tensor, 3]
         correction, eps = settings[tensor, 4], settings[tensor, 5]
@@ -95,10 +109,13 @@ def _steps(tasks, addresses, narrow, settings, scale, keys, narrow_state):
         work, random = np.empty((4, _PIECE), np.float32), np.empty(_PIECE, np.uint32)
         for start in range(begin, end, _PIECE):
             stop = min(start + _PIECE, end)
-            _load(work, 0, parameter, False, start, stop)
-            _load(work, 1, gradient, narrow[tensor], start, stop)
-            _load(work, 2, average, narrow_state, start, stop)
-            _load(work, 3, square, narrow_state, start, stop)
+            _load(work[0], parameter, False, start, stop)
+            if places:
+                _load_sparse(work[1], gradient, narrow[tensor], places, width, start, stop)
+            else:
+                _load(work[1], gradient, narrow[tensor], start, stop)
+            _load(work[2], average, narrow_state, start, stop)
+            _load(work[3], square, narrow_state, start, stop)
             for i in range(_PIECE):
                 g = work[1, i] * scale
                 m = work[2, i] + (g - work[2, i]) * fresh1
@@ -134,6 +151,12 @@ def _tasks(sizes: tuple[int, ...]) -> np.ndarray:
 def _where(*groups: Sequence[Tensor]) -> np.ndarray:
     """The addresses of the tensors that belong together, a row each."""
     return np.array([[x.data_ptr() for x in row] for row in zip(*groups, strict=True)], np.int64)
+
+
+def _places(gradient: Tensor) -> Tensor:
+    """Of each row of a sparse matrix, where among those it keeps it is, shape (rows,); else -1."""
+    rows = gradient.indices()[0]
+    return torch.full((len(gradient),), -1).index_copy_(0, rows, torch.arange(len(rows)))
 
 
 def _readable(gradients: Sequence[Tensor]) -> tuple[list[Tensor], np.ndarray]:
@@ -179,7 +202,13 @@ def adamw_step_numba(
                 f"not {tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
             )
     match_threads()
-    read, narrow = _readable(gradients)
+    # Kept by name while the kernel follows their addresses.
+    places = [_places(gradient) if gradient.is_sparse else None for gradient in gradients]
+    sparse = [
+        (0, 0) if place is None else (place.data_ptr(), p.shape[1])
+        for place, p in zip(places, parameters, strict=True)
+    ]
+    read, narrow = _readable([x.values() if x.is_sparse else x for x in gradients])
     factors = [
         (
             1 - s.learning_rate * s.weight_decay,
@@ -194,6 +223,7 @@ def adamw_step_numba(
         _tasks(tuple(p.numel() for p in parameters)),
         _where(parameters, read, averages, squares),
         narrow,
+        np.array(sparse, np.int64),
         np.array(factors, np.float32),
         np.float32(scale),
         np.array([rounding_key(i, s.step) for i, s in enumerate(settings)], np.uint32),

@@ -61,7 +61,7 @@ def adamw_step_reference(
     for i, (p, gradient, m, v, s) in enumerate(
         zip(parameters, gradients, averages, squares, settings, strict=True)
     ):
-        g = gradient.to(p.dtype) * scale
+        g = gradient.to_dense().to(p.dtype) * scale
         beta1, beta2 = s.betas
         mean = m.to(p.dtype).lerp(g, 1 - beta1)
         mean_square = (v.to(p.dtype) * beta2).addcmul_(g, g, value=1 - beta2)

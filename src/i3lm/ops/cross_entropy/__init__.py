@@ -146,9 +146,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # From here on, `logits` holds its own gradient.
                 if grad_hidden is not None:
                     grad_hidden[piece] = linear(logits, narrow.T)
+                if start + rows >= hidden.shape[0]:
+                    del narrow  # its memory serves the gradient
                 if wants_weight:
                     part = linear(logits.T, x.T)
                     grad_weight = part.to(summed) if grad_weight is None else grad_weight.add_(part)
+                    del part
+                del logits  # before those of the next piece
         if rest is not None:
             for grad in (grad_hidden, grad_weight, grad_bias):
                 if grad is not None:
