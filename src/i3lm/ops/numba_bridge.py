@@ -18,6 +18,10 @@ from numba.core import cgutils, event
 from numba.extending import intrinsic, overload, typeof_impl
 from torch import Tensor
 
+from i3lm.ops.kernel_cache import know_all_sources
+
+know_all_sources()
+
 _asked = torch.get_num_threads()
 _LAUNCHED = numba.get_num_threads()  # starts its threads, and with them changes PyTorch's number
 if torch.get_num_threads() != _asked:
