@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 from i3lm.layers.attention import CausalSelfAttention
 from i3lm.layers.channel_mix import ChannelMix
@@ -195,9 +196,12 @@ class _Watch:
     # Parameters and children, by name.
     homes: list[dict[str, Any]] = field(default_factory=list)
     things: list[Any] = field(default_factory=list)
-    # Hooks and attributes, where a replaced forward pass would be one more.
+    # Attributes, where a replaced forward pass would be one more, and hooks that there are.
     others: list[dict[Any, Any]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    # Where hooks would be: looked at only if one was registered since, wherever that was.
+    unhooked: list[dict[Any, Any]] = field(default_factory=list)
+    last_hook: int = field(default_factory=lambda: RemovableHandle.next_id)
     tensors: list[Tensor] = field(default_factory=list)
     # In one piece: a list's numbers would be one more thing to touch each.
     addresses: array[int] = field(default_factory=partial(array, "Q"))
@@ -211,6 +215,7 @@ class _Watch:
             and len(things) == len(self.things)
             and all(map(is_, things, self.things))
             and list(map(len, self.others)) == self.sizes
+            and (RemovableHandle.next_id == self.last_hook or self._are_unhooked())
             # `module.to` keeps a parameter and changes what it holds. Shards that come and go may
             # have their memory again, and then it is theirs.
             and array("Q", map(Tensor.data_ptr, self.tensors)) == self.addresses
@@ -224,9 +229,15 @@ class _Watch:
             if home:  # a module that uses what is put into an empty one is of another type
                 self.homes.append(home)
                 self.things += home.values()
-        for other in (module._forward_hooks, module._forward_pre_hooks, module.__dict__):
+        hooks: list[dict[Any, Any]] = [module._forward_hooks, module._forward_pre_hooks]
+        self.unhooked += [hook for hook in hooks if not hook]
+        for other in (module.__dict__, *filter(None, hooks)):  # without the empty ones
             self.others.append(other)
             self.sizes.append(len(other))
+
+    def _are_unhooked(self) -> bool:
+        self.last_hook = RemovableHandle.next_id
+        return not any(self.unhooked)
 
     def add_memory(self, tensors: list[Tensor]) -> None:
         """Watches where tensors lie."""
