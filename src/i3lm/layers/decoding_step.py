@@ -128,7 +128,6 @@ class Plan:
         records: Where the parameters of each lie, as the kernels take them.
         stretches: All layers.
         ends: What is before and behind them, where no module need be called at all.
-        wanted: Addresses of what is looked at before every token.
         prepared: What a caller has prepared for the states in a cache.
     """
 
@@ -136,7 +135,6 @@ class Plan:
     records: list[Any]
     stretches: tuple[Stretch, ...]
     ends: Ends | None
-    wanted: list[int]
     prepared: WeakKeyDictionary[Any, Any] = field(default_factory=WeakKeyDictionary)
 
 
@@ -246,19 +244,6 @@ class _Watch:
         # Kept though a parameter be given other memory, which then cannot have the same address.
         self.kept += [tensor.detach() for tensor in tensors]
 
-    def places(self) -> list[int]:
-        """Where in memory most of what is looked at lies, for it to be fetched ahead.
-
-        An object's address is its `id` in CPython, with what the collector keeps before it;
-        elsewhere other memory is fetched in vain.
-        """
-        objects = [*self.modules, *self.homes, *self.others, *self.tensors]
-        places = [id(thing) + offset for thing in objects for offset in (-16, 32)]
-        for tensor in self.tensors:
-            places += range(tensor._cdata, tensor._cdata + 192, 64)
-            places.append(tensor.untyped_storage()._cdata)
-        return places
-
 
 def _look_up(
     pieces: Pieces, names: Sequence[tuple[str, str]], kernels: ModuleType, watch: _Watch
@@ -286,7 +271,7 @@ def _look_up(
         new = range(first, len(halves)) if served else None
         _append(stretches, Stretch(here, new, served and _is_intercepted(layer)))
     ends = _look_up_ends(pieces, kernels, watch) if _is_whole(stretches) else None
-    return Plan(tuple(halves), records, tuple(stretches), ends, watch.places())
+    return Plan(tuple(halves), records, tuple(stretches), ends)
 
 
 def _is_whole(stretches: list[Stretch]) -> bool:

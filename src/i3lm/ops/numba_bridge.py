@@ -293,22 +293,20 @@ def copy(target, source):
         target[i] = written(widen(source[i]), target[i])
 
 
-def _type_fetch_line(typing_context: Any, address: Any) -> tuple[Any, Any]:
+def _type_fetch_line(typing_context: Any, array: Any, index: Any) -> tuple[Any, Any]:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        place = builder.inttoptr(values[0], cgutils.voidptr_t)
+        view = context.make_array(signature.args[0])(context, builder, values[0])
+        place = builder.bitcast(builder.gep(view.data, [values[1]]), cgutils.voidptr_t)
         integer = ir.IntType(32)
         form = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, *[integer] * 3])
         function = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0i8")
         builder.call(function, [place, integer(0), integer(3), integer(1)])  # of data, to stay
         return context.get_dummy_value()
 
-    return types.none(types.int64), generate
+    return types.none(array, types.intp), generate
 
 
-LINE = 64  # bytes that come into the cache together
-
-# Inside a kernel, has the line of an address brought into the cache; any address will do.
-fetch_line: Any = intrinsic(_type_fetch_line)
+_fetch_line: Any = intrinsic(_type_fetch_line)
 
 # So many steps ahead a walk through time fetches what it reads and writes.
 AHEAD = 4
@@ -321,9 +319,8 @@ def fetch(row):
     The rows of one block of channels lie a page or so apart, where processors do not look ahead
     by themselves, and each would be waited for.
     """
-    first = np.int64(row.ctypes.data)
-    for address in range(first, first + row.size * row.itemsize, LINE):
-        fetch_line(address)
+    for i in range(0, row.size, 64 // row.itemsize):  # a line has 64 bytes
+        _fetch_line(row, i)
 
 
 # A kernel keeps what one step touches as rows of one small array: a loop over many arrays that

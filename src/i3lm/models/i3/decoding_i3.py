@@ -134,7 +134,7 @@ class TokenByKernels:
         self.plan, self._shape = plan, shape
         ends, B = plan.ends, shape[0]
         records = [ends.embedding, *plan.records, ends.head] if ends else plan.records
-        self._table = kernels.Table(records, *shape, plan.wanted)
+        self._table = kernels.Table(records, *shape)
         self._first = 1 if ends else 0  # the number of the first half's record
         self._x = torch.empty(B, 1, shape[1])
         # What is new with every whole token: ids, positions and the address of its logits.

@@ -19,16 +19,7 @@ import numpy as np
 from numba import carray, njit, prange
 
 from i3lm.ops.linear.numba import HEIGHT, INPUT, NUMBERS, OUTPUT, WIDTH
-from i3lm.ops.numba_bridge import (
-    call,
-    compiled,
-    exp,
-    fetch_line,
-    floats,
-    inlined,
-    pointer,
-    serial,
-)
+from i3lm.ops.numba_bridge import call, compiled, exp, floats, inlined, pointer, serial
 from i3lm.ops.wkv.numba import next_token
 from i3lm.ops.wkv.reference import FASTEST_DECAY
 
@@ -70,7 +61,7 @@ def _record(address):
 
 
 @serial()
-def run(R, C, x, steps, count, work, tasks, wanted, lines):
+def run(R, C, x, steps, count, work, tasks):
     """Replaces x (R, C) by what the kernels make of it, one after the other.
 
     Args:
@@ -81,20 +72,14 @@ def run(R, C, x, steps, count, work, tasks, wanted, lines):
         count: The number of records.
         work: The address of memory for `floats_needed` numbers.
         tasks: The number of threads.
-        wanted: The address of addresses of memory that the caller looks at next; the matrices
-            have driven it out of the caches.
-        lines: How many of them.
 
     Returns:
         How many were computed; fewer than `count` if one failed.
     """
-    addresses = carray(pointer(wanted), (lines,), np.int64)
     for i in range(count):
         step = steps + i * _STEP_BYTES
         if not call(_record(step).kernel, R, C, x, step, work, tasks):
             return i
-    for i in range(lines):
-        fetch_line(addresses[i])
     return count
 
 
@@ -330,12 +315,9 @@ def _project_mixes(R, C, x, at, shift, share, count, work, outputs, tasks):
 
 
 @serial()
-def _add_rows(x, table, numbers):
-    """Adds to every row of x the row of a table (any, C) that a number names."""
-    R, C = x.shape
-    rows = carray(pointer(numbers), (R,), np.int64)
-    for r in range(R):
-        _add(x[r : r + 1], floats(table + 4 * C * rows[r], (1, C)))
+def _row(table, numbers, r, C):
+    """The row (1, C) of a table that the r-th of some numbers names."""
+    return floats(table + 4 * C * carray(pointer(numbers), (r + 1,), np.int64)[r], (1, C))
 
 
 # The kernels, all of one form. They take the numbers of rows and channels, the addresses of x
@@ -446,10 +428,10 @@ def attention(R, C, x, at, work, tasks):
 def embedding(R, C, x, at, work, tasks):
     """The embedding of a token and, where there are any, of its position."""
     step, x = _record(at), floats(x, (R, C))
-    x[:] = 0
-    _add_rows(x, step.vectors[0], step.states[0])
-    if step.vectors[1]:
-        _add_rows(x, step.vectors[1], step.states[1])
+    for r in range(R):
+        _copy(_row(step.vectors[0], step.states[0], r, C), x[r : r + 1])
+        if step.vectors[1]:
+            _add(x[r : r + 1], _row(step.vectors[1], step.states[1], r, C))
     return 1
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from i3lm.ops.decoding_step import numba as halves
 from i3lm.ops.decoding_step.reference import EPSILON
 from i3lm.ops.linear.numba import multiplication
-from i3lm.ops.numba_bridge import LINE, address_of, match_threads
+from i3lm.ops.numba_bridge import address_of, match_threads
 
 __all__ = ["Table", "half", "record_of"]
 
@@ -70,22 +70,15 @@ class Table:
         records: The records, which are copied.
         R: Rows of the inputs.
         C: Channels.
-        wanted: Addresses of what is looked at before the next token, to be fetched into the cache.
     """
 
-    def __init__(self, records: Sequence[Any], R: int, C: int, wanted: Sequence[int] = ()) -> None:
+    def __init__(self, records: Sequence[Any], R: int, C: int) -> None:
         self.records = np.array(records, halves.STEP)
         self.places = self.records.view(np.int64).reshape(len(records), -1)[:, -6:]
         self.R, self.C = R, C
         widths = self.records["width"]
         self.work = torch.empty(halves.floats_needed(R, C, int(widths.max(initial=0))))
-        # Each line once, in the order of memory.
-        self._wanted = np.unique(np.array(wanted, np.int64) // LINE * LINE)
-        self._places = (
-            self.records.__array_interface__["data"][0],
-            self.work.data_ptr(),
-            self._wanted.__array_interface__["data"][0],
-        )
+        self._places = self.records.__array_interface__["data"][0], self.work.data_ptr()
 
     def run(self, x: Tensor, first: int, count: int) -> None:
         """Replaces x by what kernels make of it, and their states by those after it.
@@ -98,10 +91,9 @@ class Table:
         Raises:
             RuntimeError: A kernel failed.
         """
-        table, work, wanted = self._places
-        steps, threads = table + first * halves.STEP.itemsize, match_threads()
-        numbers = self.R, self.C, x.data_ptr(), steps, count, work, threads
-        done = halves.run(*numbers, wanted, len(self._wanted))
+        table, work = self._places
+        steps = table + first * halves.STEP.itemsize
+        done = halves.run(self.R, self.C, x.data_ptr(), steps, count, work, match_threads())
         if done < count:
             raise RuntimeError(
                 f"kernel {first + done} of a decoding step failed; its error stands above."
