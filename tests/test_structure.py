@@ -36,6 +36,7 @@ PLAIN = {"torch", "i3lm.ops", "i3lm.layers"}
 SPECIAL = {
     "numba": {"numba", "numpy"},
     "numba_bridge": {"llvmlite", "numba", "numpy"},
+    "numba_cache": {"numba"},
     "numba_table": {"numba", "numpy"},
     "triton": {"triton"},
     "triton_bridge": {"triton"},

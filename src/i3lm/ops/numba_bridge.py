@@ -18,7 +18,7 @@ from numba.core import cgutils, event
 from numba.extending import intrinsic, overload, typeof_impl
 from torch import Tensor
 
-from i3lm.ops.kernel_cache import know_all_sources
+from i3lm.ops.numba_cache import know_all_sources
 
 know_all_sources()
 

@@ -13,7 +13,7 @@ import pytest
 
 import i3lm
 from i3lm.ops import numba_bridge
-from i3lm.ops.kernel_cache import BesideSource, InGivenFolder, OfUser, digest_of_sources
+from i3lm.ops.numba_cache import BesideSource, InGivenFolder, OfUser, digest_of_sources
 
 
 def test_a_digest_is_of_all_sources(tmp_path: Path):
