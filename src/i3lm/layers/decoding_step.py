@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils.hooks import RemovableHandle
 
 from i3lm.layers.attention import CausalSelfAttention
 from i3lm.layers.channel_mix import ChannelMix
@@ -194,12 +193,9 @@ class _Watch:
     # Parameters and children, by name.
     homes: list[dict[str, Any]] = field(default_factory=list)
     things: list[Any] = field(default_factory=list)
-    # Attributes, where a replaced forward pass would be one more, and hooks that there are.
+    # Hooks and attributes, where a replaced forward pass would be one more.
     others: list[dict[Any, Any]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    # Where hooks would be: looked at only if one was registered since, wherever that was.
-    unhooked: list[dict[Any, Any]] = field(default_factory=list)
-    last_hook: int = field(default_factory=lambda: RemovableHandle.next_id)
     tensors: list[Tensor] = field(default_factory=list)
     # In one piece: a list's numbers would be one more thing to touch each.
     addresses: array[int] = field(default_factory=partial(array, "Q"))
@@ -213,7 +209,6 @@ class _Watch:
             and len(things) == len(self.things)
             and all(map(is_, things, self.things))
             and list(map(len, self.others)) == self.sizes
-            and (RemovableHandle.next_id == self.last_hook or self._are_unhooked())
             # `module.to` keeps a parameter and changes what it holds. Shards that come and go may
             # have their memory again, and then it is theirs.
             and array("Q", map(Tensor.data_ptr, self.tensors)) == self.addresses
@@ -227,15 +222,9 @@ class _Watch:
             if home:  # a module that uses what is put into an empty one is of another type
                 self.homes.append(home)
                 self.things += home.values()
-        hooks: list[dict[Any, Any]] = [module._forward_hooks, module._forward_pre_hooks]
-        self.unhooked += [hook for hook in hooks if not hook]
-        for other in (module.__dict__, *filter(None, hooks)):  # without the empty ones
+        for other in (module._forward_hooks, module._forward_pre_hooks, module.__dict__):
             self.others.append(other)
             self.sizes.append(len(other))
-
-    def _are_unhooked(self) -> bool:
-        self.last_hook = RemovableHandle.next_id
-        return not any(self.unhooked)
 
     def add_memory(self, tensors: list[Tensor]) -> None:
         """Watches where tensors lie."""
@@ -256,10 +245,7 @@ def _look_up(
     for number, layer in enumerate(pieces.within[-1].children()):
         present = [pair for pair in names if hasattr(layer, pair[1])]
         watch.add(layer)
-        parts = [
-            _Part(getattr(layer, norm), module, _PARTS.get(type(module)))
-            for norm, module in ((norm, getattr(layer, name)) for norm, name in present)
-        ]
+        parts = [_Part(getattr(layer, norm), getattr(layer, module)) for norm, module in present]
         for part in parts:
             part.watch_with(watch)
         served = not _is_replaced(layer) and all(part.is_served() for part in parts)
@@ -315,9 +301,9 @@ def _append(stretches: list[Stretch], new: Stretch) -> None:
 class _Part:
     """A norm and what stands behind it, with the linear maps inside."""
 
-    def __init__(self, norm: nn.Module, module: nn.Module, form: _Form | None) -> None:
+    def __init__(self, norm: nn.Module, module: nn.Module, form: _Form | None = None) -> None:
         self.norm, self.module = norm, module
-        self.kernel, names, maps = form or ("", (), ())
+        self.kernel, names, maps = form or _PARTS.get(type(module), ("", (), ()))
         self.linears = [module.get_submodule(name) for name in maps]
         stored = [parts for x in self.linears if isinstance(x, Linear) and (parts := x.stored())]
         self.vectors = [getattr(module, name) for name in names]
@@ -325,7 +311,7 @@ class _Part:
         self.scales, self.biases = [parts[1] for parts in stored], [parts[2] for parts in stored]
 
     def watch_with(self, watch: _Watch) -> None:
-        for module in (self.norm, self.module, *self.linears):
+        for module in dict.fromkeys((self.norm, self.module, *self.linears)):  # a head is both
             watch.add(module)
         if self.is_served():
             watch.add_memory([x for x in (*self.weights, *self._small()) if x is not None])

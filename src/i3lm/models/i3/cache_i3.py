@@ -38,7 +38,6 @@ class GrowingKeys(DynamicLayer):
     """
 
     _held: tuple[Tensor, Tensor] | None = None
-    _like: Tensor | None = None  # what fitted them when they were put there
     _spare = 0  # tokens that fit behind what is held
 
     def update(
@@ -48,7 +47,6 @@ class GrowingKeys(DynamicLayer):
         if not self.grows_in_place(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
         keys, values = self.extend(key_states)
-        self._like = None  # a whole prompt's keys must not be held
         T = key_states.shape[-2]
         keys[..., -T:, :], values[..., -T:, :] = key_states, value_states
         return keys, values
@@ -69,13 +67,11 @@ class GrowingKeys(DynamicLayer):
         keys, values = (x.as_strided((B, H, S, D), x.stride()) for x in (self.keys, self.values))
         self._spare -= T
         self._keep(keys, values, T)
-        self._held, self._like = (self.keys, self.values), like
+        self._held = self.keys, self.values
         return keys, values
 
     def grows_in_place(self, keys: Tensor, values: Tensor) -> bool:
         """Whether keys and values (B, H, T, D) can be written behind those that are there."""
-        if keys is values is self._like and not torch.is_grad_enabled() and self._owns_room():
-            return not getattr(self, "record_past", False)  # one more token by kernels
         held = self.keys if self._length() else keys
         tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (held, keys, values))
         recording = getattr(self, "record_past", False)  # all are kept until a `crop`

@@ -174,6 +174,13 @@ class I3PreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self._decoding_step = DecodingStep(_HALVES)
 
+    def plan_step(self, kernels: ModuleType) -> Plan | None:
+        """Gives what the kernels of a decoding step compute, perhaps with embeddings and head."""
+        return self._decoding_step.plan(self._pieces, kernels)
+
+    def _pieces(self) -> Pieces:
+        raise NotImplementedError
+
     def _apply(self, *args: Any, **kwargs: Any) -> I3PreTrainedModel:
         self._decoding_step.forget()
         return super()._apply(*args, **kwargs)
@@ -340,7 +347,7 @@ class I3Model(I3PreTrainedModel):
     ) -> TokenByKernels | None:
         """What computes layers for one new token by kernels, where they serve it."""
         kernels = decoding_kernels(x, x.dtype)
-        plan = None if kernels is None else self._decoding_step.plan(self._pieces, kernels)
+        plan = None if kernels is None else self.plan_step(kernels)
         if kernels is None or plan is None:
             return None
         return begin_token(kernels, plan, cache, (len(x), x.shape[-1]), masks, rotation)
@@ -513,10 +520,6 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def plan_step(self, kernels: ModuleType) -> Plan | None:
-        """Gives what the kernels of a decoding step compute, perhaps with embeddings and head."""
-        return self._decoding_step.plan(self._pieces, kernels)
 
     def _pieces(self) -> Pieces:
         model, embeddings = self.model, [self.model.embed_tokens]
