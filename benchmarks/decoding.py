@@ -52,14 +52,14 @@ class Decoding:
         if self.left == 0:
             raise RuntimeError("out of room: give more --context to the preset")
         with self.asked():
-            output = self.model(self.token, past_key_values=self.cache, logits_to_keep=1)
+            output = self.model(self.token, cache=self.cache, logits_to_keep=1)
         self.token, self.left = output.logits.argmax(-1), self.left - 1
 
     @torch.inference_mode()
     def restart(self) -> None:
         """Reads the prompt."""
         output = self.model(self.ids, use_cache=True, logits_to_keep=1)
-        self.cache, self.left = output.past_key_values, self.room
+        self.cache, self.left = output.cache, self.room
         self.token = output.logits.argmax(-1)
 
     @torch.inference_mode()
@@ -68,7 +68,7 @@ class Decoding:
         self.restart()
         whole = self.model(torch.cat([self.ids, self.token], 1)).logits[:, -1]
         with self.asked():
-            step = self.model(self.token, past_key_values=self.cache).logits[:, -1]
+            step = self.model(self.token, cache=self.cache).logits[:, -1]
         difference = ((whole - step).abs().max() / whole.abs().max().clamp_min(1)).item()
         if not difference <= tolerance:
             raise SystemExit(f"a cached step differs by {difference:.1e}: not timed")

@@ -51,8 +51,8 @@ def check(model: I3ForCausalLM, tokens: int) -> None:
     ids = torch.randint(0, model.config.vocab_size, (1, tokens))
     whole, cache, differences = model(ids).logits, None, []
     for t in range(tokens):
-        output = model(ids[:, t : t + 1], past_key_values=cache)
-        cache = output.past_key_values
+        output = model(ids[:, t : t + 1], cache=cache)
+        cache = output.cache
         differences.append((output.logits[:, 0] - whole[:, t]).abs().max())
     worst = torch.stack(differences).max().item()  # NaN if one is
     if not worst <= 1e-4:

@@ -28,8 +28,8 @@ def test_logits_are_those_of_the_rounded_weights(kind: str):
         cache, ids = None, draw_ids(2, 9)
         expected = rounded(ids).logits
         for t in range(9):  # few rows: inputs, sums and outputs are float32
-            output = held(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = held(ids[:, t : t + 1], cache=cache, use_cache=True)
+            cache = output.cache
             torch.testing.assert_close(output.logits[:, 0], expected[:, t], rtol=1e-4, atol=1e-4)
         # Many rows: the inputs of products are rounded to 8 bits.
         assert (held(ids).logits - expected).abs().max() < 3e-2 * expected.abs().max()

@@ -147,7 +147,7 @@ def test_a_stream_goes_far_past_the_context(name: str):
     read = []
     generator.model.model.register_forward_hook(
         lambda module, args, kwargs, output: read.append(
-            (kwargs["input_ids"].shape[1], output.past_key_values)
+            (kwargs["input_ids"].shape[1], output.cache)
         ),
         with_kwargs=True,
     )

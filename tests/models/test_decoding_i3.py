@@ -40,7 +40,7 @@ def texts(draw: st.DrawFn) -> dict:
 def draw_states(model: I3ForCausalLM, B: int, seed: int) -> I3Cache:
     """A cache whose recurrent layers remember a random past, and whose attention has none."""
     torch.manual_seed(seed)
-    past = model(inputs_embeds=torch.randn(B, 7, 12), use_cache=True).past_key_values
+    past = model(inputs_embeds=torch.randn(B, 7, 12), use_cache=True).cache
     cache = I3Cache(model.config)
     for index, layer in enumerate(past.layers):
         for slot in range(len(getattr(layer, "recurrent_states", ()))):
@@ -69,7 +69,7 @@ def test_pieces_and_reordered_rows_give_the_full_pass(kind: str, text: dict):
     pieces: list[Tensor] = []
     for size, order in zip(sizes, [*text["orders"], None], strict=True):
         end = seen + size
-        output = model(ids[row, seen:end], attention_mask=mask[row, :end], past_key_values=cache)
+        output = model(ids[row, seen:end], attention_mask=mask[row, :end], cache=cache)
         pieces.append(output.logits)
         if order is not None:
             cache.reorder_cache(order)
@@ -78,7 +78,7 @@ def test_pieces_and_reordered_rows_give_the_full_pass(kind: str, text: dict):
     decoded = torch.cat(pieces, dim=1)
 
     start.reorder_cache(row)
-    whole = model(ids[row], attention_mask=mask[row], past_key_values=start).logits
+    whole = model(ids[row], attention_mask=mask[row], cache=start).logits
     real = mask[row].bool()
     torch.testing.assert_close(decoded[real], whole[real], **CLOSE)
 

@@ -52,13 +52,13 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @torch.no_grad()
 def read(model: I3ForCausalLM, ids: Tensor) -> I3Cache:
     """The cache after a text."""
-    return model(ids, use_cache=True).past_key_values
+    return model(ids, use_cache=True).cache
 
 
 @torch.no_grad()
 def decode(model: I3ForCausalLM, ids: Tensor, cache: I3Cache) -> Tensor:
     """Logits (B, T, V) of one token after the other."""
-    steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(ids.shape[1])]
+    steps = [model(ids[:, t : t + 1], cache=cache).logits for t in range(ids.shape[1])]
     return torch.cat(steps, dim=1)
 
 
@@ -91,13 +91,13 @@ def test_left_padding(kind: str, fused: list[str]):
     model, ids = make_model(kind), draw_ids(3, 20)
     mask = (torch.arange(20) >= torch.tensor([[0], [2], [3]])).long()
     with torch.no_grad():
-        cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).past_key_values
+        cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).cache
         other = copy.deepcopy(cache)
         for t in range(4, 20):
             step = partial(model, ids[:, t : t + 1], attention_mask=mask[:, : t + 1])
-            logits = step(past_key_values=cache).logits
+            logits = step(cache=cache).logits
             with modules_alone():
-                expected = step(past_key_values=other).logits
+                expected = step(cache=other).logits
             torch.testing.assert_close(logits, expected, **CLOSE)
     assert fused or kind == "v1"
 
@@ -297,10 +297,10 @@ def test_what_happens_before_and_behind_the_layers_counts_at_the_next_token(
     @torch.no_grad()
     def step(t: int, cache: I3Cache) -> Tensor:
         seen = mask[:, : t + 1]
-        return model(ids[:, t : t + 1], attention_mask=seen, past_key_values=cache).logits
+        return model(ids[:, t : t + 1], attention_mask=seen, cache=cache).logits
 
     with torch.no_grad():
-        cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).past_key_values
+        cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).cache
     step(4, cache)
     unchanged = step(5, copy.deepcopy(cache))
     change(model)
@@ -320,7 +320,7 @@ def test_what_modules_refuse_kernels_do_not_take():
         with pytest.raises(ValueError, match="outside the vocabulary"):
             decode(model, wrong, cache)
     with pytest.raises(IndexError), torch.no_grad():
-        model(one, position_ids=torch.full_like(one, -1), past_key_values=cache)
+        model(one, position_ids=torch.full_like(one, -1), cache=cache)
     assert cache.get_seq_length() == 5
     with pytest.raises(ValueError, match="max_position_embeddings"):
         decode(model, one.expand(1, model.config.max_position_embeddings), cache)
@@ -428,9 +428,9 @@ def test_hidden_states_are_recorded():
     cache = read(model, draw_ids(1, 4))
     other, step = copy.deepcopy(cache), partial(model, draw_ids(1, 1), output_hidden_states=True)
     with torch.no_grad():
-        states = step(past_key_values=cache).hidden_states
+        states = step(cache=cache).hidden_states
         with modules_alone():
-            expected = step(past_key_values=other).hidden_states
+            expected = step(cache=other).hidden_states
     assert len(states) == 4
     torch.testing.assert_close(states, expected, **CLOSE)
 
@@ -458,12 +458,12 @@ def test_parameters_are_let_go_when_the_model_moves():
 def test_gradients_padding_autocast_and_doubles_take_the_modules(fused: list[str]):
     model, one = make_model("rwkv4"), draw_ids(1, 1)
     cache = read(model, draw_ids(1, 4))
-    assert model(one, past_key_values=copy.deepcopy(cache)).logits.requires_grad
+    assert model(one, cache=copy.deepcopy(cache)).logits.requires_grad
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model(one, past_key_values=copy.deepcopy(cache))
+        model(one, cache=copy.deepcopy(cache))
     with torch.no_grad():
         padded = torch.tensor([[1, 1, 1, 1, 0]])
-        model(one, attention_mask=padded, past_key_values=copy.deepcopy(cache))
+        model(one, attention_mask=padded, cache=copy.deepcopy(cache))
         model(one, use_cache=False)
         model(one, use_cache=True)  # the first token has no states yet
     decode(model.double(), one, read(model, draw_ids(1, 4)))

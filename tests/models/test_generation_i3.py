@@ -240,7 +240,7 @@ def test_a_cache_carries_a_conversation_on(kind: str, overflow: str, new: int):
     again = model.generate(
         more,
         attention_mask=torch.ones_like(more),
-        past_key_values=first.past_key_values,
+        cache=first.cache,
         max_new_tokens=6,
         **settings,
     )
@@ -251,7 +251,7 @@ def test_a_cache_carries_a_conversation_on(kind: str, overflow: str, new: int):
 @both_policies
 def test_a_cache_alone_cannot_go_past_the_context(kind: str, overflow: str):
     model, prompt = make_model(kind), draw_ids(1, 20)
-    cache = model(prompt, use_cache=True).past_key_values
+    cache = model(prompt, use_cache=True).cache
     message = (
         r"^past the context of 24 tokens, the last \d+ are read again, and only \d+ were given"
     )
@@ -259,7 +259,7 @@ def test_a_cache_alone_cannot_go_past_the_context(kind: str, overflow: str):
         model.generate(
             draw_ids(1, 2),
             attention_mask=torch.ones(1, 22, dtype=torch.long),
-            past_key_values=cache,
+            cache=cache,
             max_new_tokens=10,
             pad_token_id=0,
             context_overflow=overflow,

@@ -27,8 +27,8 @@ def read_in_pieces(model: I3ForCausalLM, ids: Tensor, sizes: list[int], **masks:
     for size in sizes:
         piece = slice(seen, seen + size)
         known = {name: mask[:, : seen + size] for name, mask in masks.items()}
-        output = model(ids[:, piece], past_key_values=cache, use_cache=True, **known)
-        cache, seen = output.past_key_values, seen + size
+        output = model(ids[:, piece], cache=cache, use_cache=True, **known)
+        cache, seen = output.cache, seen + size
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 
@@ -82,17 +82,20 @@ def test_pieces_through_a_cache_give_the_whole(kind: str, sizes: list[int]):
 @every_kind
 def test_the_cache_counts_tokens_and_keeps_float32_states(kind: str):
     model, ids = make_model(kind), draw_ids(2, 6)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
     assert isinstance(cache, I3Cache)
     assert cache.get_seq_length() == 6
-    cache = model(ids[:, :3], past_key_values=cache, use_cache=True).past_key_values
+    cache = model(ids[:, :3], cache=cache, use_cache=True).cache
     assert cache.get_seq_length() == 9
     for layer, layer_type in zip(cache.layers, model.config.layer_types, strict=True):
         if layer_type in ("linear_attention", "hybrid"):
             assert layer.recurrent_states[0].dtype == torch.float32
+    with pytest.warns(FutureWarning, match="Use `cache` instead"):  # its name before 5.24
+        assert model(ids[:, :1], past_key_values=cache).cache is cache
+    assert cache.get_seq_length() == 10
     cache.reset()
     assert cache.get_seq_length() == 0
-    again = model(ids, past_key_values=cache, use_cache=True)
+    again = model(ids, cache=cache, use_cache=True)
     torch.testing.assert_close(again.logits, model(ids).logits, **CLOSE)
 
 
@@ -403,9 +406,9 @@ def test_more_tokens_than_positions_are_refused(kind: str):
         model(draw_ids(1, 25))
     with pytest.raises(ValueError, match=message):
         model(draw_ids(1, 25), attention_mask=torch.ones(1, 25))
-    cache = model(draw_ids(1, 24), use_cache=True).past_key_values
+    cache = model(draw_ids(1, 24), use_cache=True).cache
     with pytest.raises(ValueError, match=message):
-        model(draw_ids(1, 1), past_key_values=cache)
+        model(draw_ids(1, 1), cache=cache)
 
 
 @every_kind
@@ -463,9 +466,9 @@ def test_training_under_autocast_gives_finite_float32_gradients(kind: str):
 
 def test_training_makes_no_cache():
     model, ids = make_model("rwkv4").train(), draw_ids(2, 5)
-    assert model(ids).past_key_values is None
-    assert model.eval()(ids).past_key_values is not None
-    assert model(ids, use_cache=False).past_key_values is None
+    assert model(ids).cache is None
+    assert model.eval()(ids).cache is not None
+    assert model(ids, use_cache=False).cache is None
 
 
 def band(T: int, window: int, padding: Tensor) -> Tensor:
@@ -521,12 +524,12 @@ def test_texts_may_be_longer_than_what_the_model_is_made_for(kind: str):
 @pytest.mark.parametrize("kind", ["sliding", "sliding rope", "sliding none"])
 def test_a_sliding_layer_keeps_no_more_keys_than_its_window_shows(kind: str):
     model, ids = make_model(kind), draw_ids(1, 20)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
     for _ in range(3):
         for layer, layer_type in zip(cache.layers, model.config.layer_types, strict=True):
             if layer_type == "sliding_attention":
                 assert layer.keys.shape[2] == layer.values.shape[2] == 4  # and the next is 5
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], cache=cache)
     assert cache.get_seq_length() == 23
 
 

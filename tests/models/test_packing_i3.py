@@ -136,7 +136,7 @@ def test_without_a_mark_inside_a_packed_row_is_a_plain_one(kind: str):
         for reset in (mark_starts([20], [20]), torch.zeros(2, 20, dtype=torch.bool)):
             output = model(ids, reset=reset)
             torch.testing.assert_close(output.logits, expected, **EXACT)
-            assert output.past_key_values is None
+            assert output.cache is None
 
 
 @every_kind
@@ -187,10 +187,10 @@ def test_reset_at_padding_or_with_other_masks_is_refused():
 @pytest.mark.parametrize("name", ["reset", "carried_state"])
 def test_rows_do_not_go_with_a_cache(name: str):
     model, ids = make_model("rwkv4"), draw_ids(1, 6)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
     value = {"reset": mark_starts([6]), "carried_state": CarriedState(model.config)}[name]
     with pytest.raises(ValueError, match=r"^reset and carried_state are for whole rows"):
-        model(ids, past_key_values=cache, **{name: value})
+        model(ids, cache=cache, **{name: value})
 
 
 # Streams

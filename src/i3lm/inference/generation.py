@@ -217,7 +217,7 @@ class TextGenerator:
                 output = self.model.generate(
                     inputs,
                     attention_mask=torch.ones_like(inputs),
-                    past_key_values=cache,
+                    cache=cache,
                     generation_config=settings,
                     streamer=streamer,
                 )
@@ -271,10 +271,8 @@ class TextGenerator:
                     dropped, cache = length - visible, None
             keeps = limit is None or length <= limit or overflow == "shift"
             with self._autocast():
-                output = self.model(
-                    unread, past_key_values=cache, use_cache=keeps, logits_to_keep=1
-                )
-            cache = output.past_key_values
+                output = self.model(unread, cache=cache, use_cache=keeps, logits_to_keep=1)
+            cache = output.cache
             logits = warpers(unread, output.logits[:, -1].float())
             if options.temperature > 0:
                 unread = torch.multinomial(logits.softmax(dim=-1), 1, generator=random)

@@ -134,7 +134,7 @@ class Session:
         output = self.generator.generate_ids(ids, options, cache, streamer)
         seconds = time.perf_counter() - started
         tokens = output.sequences[0].tolist()
-        self._cache = _in_step(output.past_key_values, len(tokens))
+        self._cache = _in_step(output.cache, len(tokens))
         new = tokens[len(ids) :]
         reply = self.generator.tokenizer.decode(new, skip_special_tokens=True)
         self.turns.append(Turn(len(self.tokens), text, reply))
@@ -356,7 +356,7 @@ def _in_step(cache: Cache | None, tokens: int) -> Cache | None:
 def _one_token(model: PreTrainedModel) -> Cache:
     """A cache after one token, which shows the names and shapes of the model's states."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    return model(ids, use_cache=True).past_key_values
+    return model(ids, use_cache=True).cache
 
 
 def _shape(tensor: Tensor, grows: bool) -> tuple[int, ...]:

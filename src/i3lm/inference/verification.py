@@ -148,7 +148,7 @@ class _Bench:
             ids[:, -1:],
             attention_mask=mask,
             position_ids=places[:, -1:],
-            past_key_values=first.past_key_values,
+            cache=first.cache,
             use_cache=True,
         )
         logits = torch.cat([first.logits, last.logits], dim=1)
@@ -168,7 +168,7 @@ class _Bench:
 
     def split_state(self) -> float:
         """States, keys and values after two halves and after single tokens, against one pass."""
-        expected = cache_states(self.run(self.ids, use_cache=True).past_key_values)
+        expected = cache_states(self.run(self.ids, use_cache=True).cache)
         if not expected:
             raise _DoesNotApplyError("the model keeps no state")
         worst = 0.0
@@ -224,9 +224,9 @@ class _Bench:
         while start < self.length:
             size = sizes[min(len(logits), len(sizes) - 1)]
             piece = self.ids[:, start : start + size]
-            output = self.run(piece, past_key_values=cache, use_cache=True)
+            output = self.run(piece, cache=cache, use_cache=True)
             logits.append(output.logits)
-            cache, start = output.past_key_values, start + size
+            cache, start = output.cache, start + size
         return torch.cat(logits, dim=1), cache
 
 

@@ -153,6 +153,15 @@ class I3Cache(DynamicCache):
         return super().get_seq_length(layer_idx) if self._has_attention else self._seen_tokens
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Whether each layer is recurrent; False for all where there is no other.
+
+        `generate` takes a cache that is recurrent throughout for one that does not know its
+        length, and would read again what this one has read.
+        """
+        return super().is_linear if self._has_attention else [False] * len(self.layers)
+
+    @property
     def is_compileable(self) -> bool:
         """False: states are replaced as they grow, and `generate` must pass plain masks."""
         return False

@@ -83,7 +83,7 @@ class I3Config(PreTrainedConfig):
     """
 
     model_type = "i3"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' convention)
+    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 (transformers' convention)
 
     vocab_size: int = 32_000
     hidden_size: int = 512

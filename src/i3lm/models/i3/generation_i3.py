@@ -100,8 +100,8 @@ class I3GenerationMixin(GenerationMixin):
                 "the states of recurrent layers: leave it out"
             )
         model_kwargs["context_overflow"] = generation_config.context_overflow
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = I3Cache(self.config)
+        if generation_config.use_cache and model_kwargs.get("cache") is None:
+            model_kwargs["cache"] = I3Cache(self.config)
             generation_config.cache_implementation = None
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
@@ -127,7 +127,7 @@ class I3GenerationMixin(GenerationMixin):
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -145,7 +145,7 @@ class I3GenerationMixin(GenerationMixin):
             return super().prepare_inputs_for_generation(
                 input_ids,
                 next_sequence_length=next_sequence_length,
-                past_key_values=past_key_values,
+                cache=cache,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
                 is_first_iteration=is_first_iteration,
@@ -154,8 +154,7 @@ class I3GenerationMixin(GenerationMixin):
 
         visible = [count_visible(length, limit, context_overflow) for length in lengths]
         kwargs.pop("position_ids", None)  # they count from the start of what is visible
-        cache = past_key_values if context_overflow == "shift" else None
-        if not kwargs.get("use_cache", True):
+        if context_overflow != "shift" or not kwargs.get("use_cache", True):
             cache = None
         kwargs["use_cache"] = cache is not None
         held = cache.get_seq_length() if cache is not None else 0
@@ -174,7 +173,7 @@ class I3GenerationMixin(GenerationMixin):
                 cache.reset()
         return super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=cache,
+            cache=cache,
             attention_mask=_mask_of_last(visible, width, input_ids.device),
             inputs_embeds=embeds,
             is_first_iteration=embeds is not None,

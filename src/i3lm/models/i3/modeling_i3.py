@@ -18,6 +18,7 @@ from transformers.masking_utils import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -65,6 +66,9 @@ _HALVES = (
     ("feed_forward_norm", "feed_forward"),
 )
 
+# What transformers called the cache before 5.24 is taken as long as its own models take it.
+_takes_old_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+
 # Document starts and padding, as the recurrent ops take them.
 _Marks = dict[str, Tensor | None]
 
@@ -102,7 +106,7 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         causal_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         rotation: Rotation | None = None,
         first: Tensor | None = None,
         reset: Tensor | None = None,
@@ -117,10 +121,10 @@ class I3DecoderLayer(GradientCheckpointingLayer):
             return step(hidden_states)
         x = hidden_states
         store = None
-        if past_key_values is not None:
-            store = partial(past_key_values.update, layer_idx=self.layer_idx)
+        if cache is not None:
+            store = partial(cache.update, layer_idx=self.layer_idx)
         # Gradient checkpointing takes the cache away, and leaves the carried states.
-        states = past_key_values if carried_row is None else carried_row
+        states = cache if carried_row is None else carried_row
         marks = {"reset": reset, "mask": padding_mask}
         seen = {"mask": causal_mask, "store": store, "rotation": rotation, "first": first}
         normed = self.mixer_norm(x)
@@ -163,7 +167,7 @@ class I3PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["I3DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     # Decays and bonuses sit in exponents: bfloat16's 8 bits would move them visibly.
     _keep_in_fp32_modules_strict = ["time_decay", "time_first"]
     _can_record_outputs = {"hidden_states": I3DecoderLayer}
@@ -231,6 +235,7 @@ class I3Model(I3PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @_takes_old_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -238,7 +243,7 @@ class I3Model(I3PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         reset: Tensor | None = None,
@@ -253,7 +258,7 @@ class I3Model(I3PreTrainedModel):
                 tokens already in the cache too.
             position_ids: Positions, shape (B, T) or (1, T); by default they count the real
                 tokens of a document.
-            past_key_values: States and keys of earlier tokens.
+            cache: States and keys of earlier tokens.
             inputs_embeds: Embeddings to use in place of `input_ids`, shape (B, T, C).
             use_cache: Whether to return the states that continue this call (never in training,
                 nor with `reset` or `carried_state`).
@@ -282,10 +287,10 @@ class I3Model(I3PreTrainedModel):
         if carried_state is not None:
             carried_row = carried_state.begin_row(B)
         if reset is not None or carried_state is not None:
-            self._check_no_cache(past_key_values)
-        elif use_cache and past_key_values is None and not self.training:
-            past_key_values = I3Cache(self.config)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            self._check_no_cache(cache)
+        elif use_cache and cache is None and not self.training:
+            cache = I3Cache(self.config)
+        seen = cache.get_seq_length() if cache is not None else 0
         positions = self.config.position_embedding_type
         if position_ids is None and positions != "none":
             position_ids = self._positions(attention_mask, seen, starts, inputs_embeds)
@@ -296,9 +301,7 @@ class I3Model(I3PreTrainedModel):
         if starts is not None and padding_mask is None:
             first = first_seen(starts, self.config.sliding_window)
         else:
-            causal_masks = self._causal_masks(
-                inputs_embeds, attention_mask, past_key_values, starts
-            )
+            causal_masks = self._causal_masks(inputs_embeds, attention_mask, cache, starts)
         hidden_states, rotation = inputs_embeds, None
         if positions == "learned":
             hidden_states = inputs_embeds + self.embed_positions(position_ids)
@@ -309,9 +312,9 @@ class I3Model(I3PreTrainedModel):
             )
         kinds, token = self.config.layer_types or (), None
         stretches: Sequence[Stretch] = [Stretch(range(len(kinds)), None)]
-        if padding_mask is None and isinstance(past_key_values, I3Cache):
+        if padding_mask is None and isinstance(cache, I3Cache):
             masks = [causal_masks.get(kind) for kind in kinds]
-            token = self._by_kernels(hidden_states, past_key_values, masks, rotation)
+            token = self._by_kernels(hidden_states, cache, masks, rotation)
             stretches = stretches if token is None else token.plan.stretches
         for stretch in stretches:
             by_kernels = None
@@ -325,18 +328,16 @@ class I3Model(I3PreTrainedModel):
                     hidden_states,
                     causal_mask=causal_masks.get(kinds[layer]),
                     padding_mask=padding_mask,
-                    past_key_values=past_key_values,
+                    cache=cache,
                     rotation=rotation,
                     first=first.get(kinds[layer]),
                     reset=reset,
                     carried_row=carried_row,
                     step=by_kernels,
                 )
-        if isinstance(past_key_values, I3Cache):
-            past_key_values.count_tokens(T)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        if isinstance(cache, I3Cache):
+            cache.count_tokens(T)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
     def _by_kernels(
         self,
@@ -370,7 +371,7 @@ class I3Model(I3PreTrainedModel):
             "config": self.config,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
-            "past_key_values": cache,
+            "cache": cache,
             "position_ids": None,
             "and_mask_function": None if starts is None else packed_sequence_mask_function(starts),
         }
@@ -404,7 +405,7 @@ class I3Model(I3PreTrainedModel):
         if cache is not None:
             raise ValueError(
                 "reset and carried_state are for whole rows, and which documents the keys in "
-                "past_key_values are of is not known: leave out one or the other"
+                "the cache are of is not known: leave out one or the other"
             )
 
     def _check_ids(self, input_ids: Tensor) -> None:
@@ -449,13 +450,14 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
             self.lm_head = LowRankLinear(config.hidden_size, config.vocab_size, config.low_rank)
         self.post_init()
 
+    @_takes_old_name
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -481,14 +483,14 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
         others = (inputs_embeds, labels, shift_labels, reset, carried_state)
         plain = not (kwargs or skip_logits) and all(other is None for other in others)
         if plain and input_ids is not None and isinstance(logits_to_keep, int):
-            logits = next_logits(self, input_ids, attention_mask, position_ids, past_key_values)
+            logits = next_logits(self, input_ids, attention_mask, position_ids, cache)
             if logits is not None:
-                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+                return CausalLMOutputWithPast(logits=logits, cache=cache)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             reset=reset,
@@ -499,7 +501,7 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
         if skip_logits:
             return CausalLMOutputWithPast(
                 loss=self._loss_in_pieces(hidden_states, labels, shift_labels),
-                past_key_values=outputs.past_key_values,
+                cache=outputs.cache,
                 hidden_states=outputs.hidden_states,
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -516,7 +518,7 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
