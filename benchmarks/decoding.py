@@ -23,7 +23,7 @@ from training_step import load_original
 from transformers import AutoModelForCausalLM
 
 from i3lm.inference.int8_linear import use_int8_products
-from i3lm.inference.loading import hold_weights_in_bf16
+from i3lm.inference.loading import hold_weights_in_bf16, hold_weights_together
 from i3lm.layers import Linear
 from i3lm.ops.decoding_step import DECODING_STEP
 from i3lm.ops.dispatch import use_implementation
@@ -124,6 +124,8 @@ def main() -> int:
     models = {"fp32": model, "bf16": hold_weights_in_bf16(copy.deepcopy(model))}
     if importlib.util.find_spec("torchao"):
         models["int8"] = quantized(copy.deepcopy(model))
+    for contestant in models.values():
+        hold_weights_together(contestant)  # as `make_generator` does
     matrices: dict[str, int] = {}  # bytes that a token must read
     for precision, contestant in models.items():
         for step in DECODING_STEP.names:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +10,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from i3lm.ops import linear
-from i3lm.ops.dispatch import use_implementation
+from i3lm.ops.dispatch import processor_vendor, use_implementation
 from i3lm.ops.linear import FEW_ROWS, LINEAR
+from i3lm.ops.linear.numba import few_rows
 from tests.ops.drawing import make_generator
 
 NAMES = [
@@ -40,6 +44,21 @@ def test_product_and_gradients_in_float32(name: str, data: st.DataObject):
     # Sums of up to 40 (125 for the weight) products of size 1 in float32.
     for a, b in zip((got, *grads), (expected, *wanted), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_intel_has_the_better_library_for_its_own(monkeypatch: pytest.MonkeyPatch):
+    onednn = LINEAR.named("onednn")
+    where = torch.device("cpu"), torch.float32
+    monkeypatch.setattr("i3lm.ops.linear.processor_vendor", lambda: "GenuineIntel")
+    assert onednn.refuses(*where) is not None
+    monkeypatch.setattr("i3lm.ops.linear.processor_vendor", lambda: "AuthenticAMD")
+    can = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    assert (onednn.refuses(*where) is None) == can
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="compares with what Linux says")
+def test_the_processor_says_who_made_it():
+    assert processor_vendor() in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
 
 def test_strides_of_inputs_do_not_matter():
@@ -89,6 +108,32 @@ def test_a_few_rows_without_gradients(name: str, rows: int, dtypes: str, has_bia
     exact = of_x == of_weight or (name == "numba" and rows <= FEW_ROWS)
     tolerance = 1e-5 if of_x == torch.float32 and exact else 2**-7
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * 8)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, FEW_ROWS),
+    inputs=st.integers(1, 90),
+    outputs=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
+)
+def test_a_few_rows_of_any_shape(rows: int, inputs: int, outputs: int, dtype: torch.dtype):
+    generator = make_generator(rows, inputs, outputs)
+    x = torch.randn(rows, inputs, generator=generator)
+    scale, bias = torch.randn(2, outputs, generator=generator)
+    weight = (torch.randn(outputs, inputs, generator=generator) * 9).to(dtype)
+    expected = x.double() @ weight.double().T * scale.double() + bias.double()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(few_rows(x, weight, bias, scale))
+    finally:
+        torch.set_num_threads(threads)
+    # Sums of up to 90 products of size 9 in float32.
+    torch.testing.assert_close(results[0].double(), expected, rtol=1e-5, atol=2e-3)
+    if outputs >= 8:  # a sum has one order, wherever a thread's share begins
+        assert torch.equal(*results)
 
 
 def test_a_few_rows_of_float64_keep_their_digits():

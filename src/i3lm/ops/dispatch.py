@@ -8,8 +8,11 @@ import functools
 import importlib.util
 import logging
 import os
+import platform
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -208,6 +211,19 @@ def _numba_failure() -> str | None:
     except Exception as error:  # whatever a broken installation raises, another kernel can serve
         return f"numba does not work here ({type(error).__name__}: {error})"
     return None
+
+
+@functools.cache
+def processor_vendor() -> str | None:
+    """Who made the processor, as it names itself (``GenuineIntel``, ``AuthenticAMD``), or None."""
+    if sys.platform == "win32":
+        return platform.processor().rpartition(" ")[2] or None
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # macOS, say
+        return None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
+    return names[0] if names else None
 
 
 def triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:

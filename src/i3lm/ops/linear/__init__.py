@@ -7,7 +7,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from i3lm.ops.dispatch import Implementation, Op, gradient_dtype, numba_refuses_bits
+from i3lm.ops.dispatch import (
+    Implementation,
+    Op,
+    gradient_dtype,
+    numba_refuses_bits,
+    processor_vendor,
+)
 
 # Up to so many rows, a product is bound by reading the matrix.
 FEW_ROWS = 4
@@ -24,6 +30,8 @@ def _onednn_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
         return "this PyTorch is built without oneDNN"
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return "gains nothing without AVX512"
+    if processor_vendor() == "GenuineIntel":
+        return "MKL is the faster one on Intel's processors"
     return None
 
 
@@ -103,9 +111,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     PyTorch computes float32 products on a CPU with MKL, which keeps to AVX2 on processors that
     are not Intel's; oneDNN, in the same wheel, uses AVX512 on all that have it and is then about
-    twice as fast. Without gradients, a few rows go through a kernel that reads the matrix at the
-    speed of memory (benchmarks/NOTES.md). All other cases are `torch.nn.functional.linear`:
-    autocast, accelerators, quantised weights, and traced calls, which a compiler replaces anyway.
+    twice as fast, but on Intel's own the slower one. Without gradients, a few rows go through a
+    kernel that reads the matrix at the speed of memory (benchmarks/NOTES.md). All other cases are
+    `torch.nn.functional.linear`: autocast, accelerators, quantised weights, and traced calls, which
+    a compiler replaces anyway.
 
     Args:
         x: Inputs, shape (..., in).
