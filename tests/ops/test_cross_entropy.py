@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import weakref
 
 import pytest
@@ -46,17 +47,17 @@ def plain_loss(tensors: list[Tensor], labels: Tensor) -> Tensor:
     C=st.integers(1, 9),
     V=st.integers(1, 200),
     has_bias=st.booleans(),
-    piece_bytes=st.sampled_from([1, 500, 2**26]),
+    pieces=st.sampled_from([*({"piece_bytes": n} for n in (1, 500, 2**26)), {"recompute": True}]),
 )
 def test_equals_the_plain_loss_in_pieces_of_any_size(
-    name: str, dtype: torch.dtype, N: int, C: int, V: int, has_bias: bool, piece_bytes: int
+    name: str, dtype: torch.dtype, N: int, C: int, V: int, has_bias: bool, pieces: dict[str, int]
 ):
     tensors, labels = draw(N, C, V, has_bias)
     labels[0] = 0  # at least one counts
     leaves = [x.to(dtype).requires_grad_() for x in tensors]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     with use_implementation(softmax_loss=name):
-        got = loss_of(leaves, labels, piece_bytes=piece_bytes)
+        got = loss_of(leaves, labels, **pieces)
     expected = plain_loss(exact, labels)
     grads = torch.autograd.grad(3 * got, leaves)
     wanted = torch.autograd.grad(3 * expected, exact)
@@ -66,14 +67,46 @@ def test_equals_the_plain_loss_in_pieces_of_any_size(
         assert error <= TOLERANCES[dtype]
 
 
+class _Largest(TorchDispatchMode):
+    """Notes the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        result = function(*arguments, **(settings or {}))
+        if isinstance(result, Tensor):
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_huge_logits_stay_finite_and_exact(name: str):
+@pytest.mark.parametrize("rows", [50, 1])
+def test_logits_that_are_computed_twice_are_few(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.modules["i3lm.ops.cross_entropy"], "SMALL_PIECE", rows * 128)
+    tensors, labels = draw(rows, 4, 1000, True)
+    labels[0] = 999
+    leaves = [x.float().requires_grad_() for x in tensors]
+    with _Largest() as largest, use_implementation(softmax_loss=name):
+        loss = loss_of(leaves, labels, recompute=True)
+    assert largest.numbers <= max(rows * 128, leaves[1].numel())
+    grads = torch.autograd.grad(loss, leaves)
+    wanted = torch.autograd.grad(loss_of(leaves, labels), leaves)
+    torch.testing.assert_close(grads, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_huge_logits_stay_finite_and_exact(name: str, recompute: bool):
     # Logits of -3e4 to 3e4: their exponentials exist only relative to the largest.
     hidden = torch.tensor([[1.0], [-1.0], [1e-3]], requires_grad=True)
     weight = torch.linspace(-3e4, 3e4, 101).unsqueeze(1).requires_grad_()
     labels = torch.tensor([100, 100, 40])
     with use_implementation(softmax_loss=name):
-        got = linear_cross_entropy(hidden, weight, None, labels)
+        got = linear_cross_entropy(hidden, weight, None, labels, recompute=recompute)
     expected = plain_loss([hidden.detach().double(), weight.detach().double()], labels)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
     grads = torch.autograd.grad(got, (hidden, weight))
@@ -167,14 +200,14 @@ def test_without_gradients_none_are_computed():
     assert (11, 3) not in made  # no gradient of the weight
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_to_predict_is_a_loss_of_zero(name: str):
+def test_nothing_to_predict_is_a_loss_of_zero(name: str, recompute: bool):
     leaves = [torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)]
     with use_implementation(softmax_loss=name):
         for rows in (4, 0):
-            loss = linear_cross_entropy(
-                leaves[0][:rows], leaves[1], None, torch.full((rows,), -100)
-            )
+            labels = torch.full((rows,), -100)
+            loss = loss_of([leaves[0][:rows], leaves[1]], labels, recompute=recompute)
             assert loss.item() == 0
             assert all(not g.any() for g in torch.autograd.grad(loss, leaves))
 

@@ -49,9 +49,10 @@ def test_product_and_gradients_in_float32(name: str, data: st.DataObject):
 def test_intel_has_the_better_library_for_its_own(monkeypatch: pytest.MonkeyPatch):
     onednn = LINEAR.named("onednn")
     where = torch.device("cpu"), torch.float32
-    monkeypatch.setattr("i3lm.ops.linear.processor_vendor", lambda: "GenuineIntel")
+    module = sys.modules["i3lm.ops.linear"]  # the function has the same name
+    monkeypatch.setattr(module, "processor_vendor", lambda: "GenuineIntel")
     assert onednn.refuses(*where) is not None
-    monkeypatch.setattr("i3lm.ops.linear.processor_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(module, "processor_vendor", lambda: "AuthenticAMD")
     can = "AVX512" in torch.backends.cpu.get_cpu_capability()
     assert (onednn.refuses(*where) is None) == can
 

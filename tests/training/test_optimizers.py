@@ -217,7 +217,23 @@ def test_one_pass_passes_over_parameters_without_a_gradient():
     before = [p.detach().clone() for p in others]
     optimizer.step()
     assert all(p.equal(b) for p, b in zip(others, before, strict=True))
-    assert list(optimizer.state) == [first]
+    assert optimizer.state[first]["step"] == 1
+    for parameter in others:
+        assert not any(value.any() for value in optimizer.state[parameter].values())
+
+
+def test_one_pass_takes_parameters_and_states_that_come_later():
+    first, second = (nn.Parameter(torch.ones(40)) for _ in range(2))
+    optimizer = OnePassAdamW([{"params": [first]}], lr=0.1)
+    saved = optimizer.state_dict()
+    optimizer.add_param_group({"params": [second]})
+    first.grad, second.grad = torch.ones(40), torch.ones(40)
+    optimizer.step()
+    assert first.equal(second)
+    other = OnePassAdamW([{"params": [first]}], lr=0.1)
+    other.load_state_dict({**saved, "state": {}})  # as PyTorch's before its first step
+    other.step()
+    assert not first.equal(second)
 
 
 def test_parameters_that_no_kernel_serves_get_the_adamw_of_pytorch():

@@ -131,6 +131,7 @@ class OnePassAdamW(AdamW):
         super().__init__(groups, **settings)
         self.state_dtype = state_dtype
         self._scale = 1.0
+        self._make_averages()
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of all gradients, a float32 scalar."""
@@ -155,8 +156,9 @@ class OnePassAdamW(AdamW):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Takes one step."""
         loss = _loss_of(closure)
+        self._make_averages()  # of groups that were added, or that a loaded state lacks
         moved = self._with_gradients()
-        states = [self._state_of(p) for p, _, _ in moved]
+        states = [self.state[p] for p, _, _ in moved]
         torch._foreach_add_([state["step"] for state in states], 1)
         adamw_step(
             [p for p, _, _ in moved],
@@ -190,13 +192,22 @@ class OnePassAdamW(AdamW):
                 found.append((parameter, parameter.grad, group))
         return found
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.state[parameter]
-        if not state:
+    def _make_averages(self) -> None:
+        """Makes all averages that there are not yet, in one block of memory for each kind.
+
+        That is before the first step. Made one by one behind its backward pass, they would lie
+        between what that leaves free, and no large block would fit there again.
+        """
+        every = (p for group in self.param_groups for p in group["params"])
+        parameters = [p for p in every if p not in self.state]
+        line = 32  # numbers, so that each begins at a line of the cache
+        sizes = [-(-p.numel() // line) * line for p in parameters]
+        blocks = [torch.zeros(sum(sizes), dtype=self.state_dtype) for _ in self._AVERAGES]
+        for parameter, *parts in zip(parameters, *(b.split(sizes) for b in blocks), strict=True):
+            state = self.state[parameter]
             state["step"] = torch.tensor(0.0)
-            for name in self._AVERAGES:
-                state[name] = torch.zeros_like(parameter, dtype=self.state_dtype)
-        return state
+            for name, part in zip(self._AVERAGES, parts, strict=True):
+                state[name] = part[: parameter.numel()].view(parameter.shape)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of another; its averages become `state_dtype`."""

@@ -542,7 +542,13 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
             hidden, weight = linear(hidden, head.lora_B), head.lora_A
         else:
             weight = head.weight
-        return linear_cross_entropy(hidden, weight, head.bias, shift_labels.flatten())
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            head.bias,
+            shift_labels.flatten(),
+            recompute=self.training and self.is_activation_checkpointing,
+        )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Writes weights, configuration and generation settings into a folder."""

@@ -22,6 +22,8 @@ from i3lm.ops.linear import linear
 
 # Logits that exist at one time, in bytes: large pieces make efficient matrix products.
 PIECE_BYTES = 96 * 2**20
+# Logits at one time where they are computed twice.
+SMALL_PIECE = 2**22
 
 
 def _numba(*inputs: Any) -> tuple[Tensor, ...]:
@@ -48,6 +50,7 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     piece_bytes: int = PIECE_BYTES,
+    recompute: bool = False,
 ) -> Tensor:
     """Gives ``cross_entropy(hidden @ weight.T + bias, labels)``, the mean in nats per token.
 
@@ -63,6 +66,8 @@ def linear_cross_entropy(
         labels: Token ids to predict, shape (N,).
         ignore_index: The label of positions that do not count.
         piece_bytes: Most bytes of logits at one time (at least one row).
+        recompute: Compute logits twice, in small pieces of the vocabulary, for less memory: neither
+            they nor a copy of the matrix are ever there as a whole. Not in float16.
 
     Returns:
         The loss, a float32 (float64) scalar; 0 where no label counts.
@@ -92,6 +97,9 @@ def linear_cross_entropy(
                 f"{weight.shape[0] - 1}, and {ignore_index} does not count"
             )
     dtype = product_dtype(hidden)
+    if recompute and dtype != torch.float16:
+        wants = torch.is_grad_enabled()
+        return _InPiecesOfVocabulary.apply(hidden, weight, bias, labels, ignore_index, dtype, wants)
     most = max(1, piece_bytes // (dtype.itemsize * weight.shape[0]))
     pieces = max(1, -(-hidden.shape[0] // most))
     rows = max(1, -(-hidden.shape[0] // pieces))  # equal pieces: no small one at the end
@@ -166,14 +174,85 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        # A last loss is usually differentiated as it is: spare the copies then. An accelerator
-        # would stall for the comparison.
-        plain = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
-        as_it_is = plain and grad_loss.item() == 1
-        grads = [
-            grad if grad is None or as_it_is else grad * grad_loss for grad in ctx.saved_tensors
-        ]
-        grads = [
-            g if g is None or d is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return (*grads, None, None, None, None, None)
+        return (*_scaled(ctx, grad_loss), None, None, None, None, None)
+
+
+def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
+    """The gradients that a forward pass kept, times that of the loss."""
+    # A last loss is usually differentiated as it is: spare the copies then. An accelerator
+    # would stall for the comparison.
+    plain = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
+    as_it_is = plain and grad_loss.item() == 1
+    grads = [grad if grad is None or as_it_is else grad * grad_loss for grad in ctx.saved_tensors]
+    return [
+        g if g is None or d is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)
+    ]
+
+
+class _InPiecesOfVocabulary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, ignore_index, dtype, grad_enabled):
+        precise = accumulation_dtype(hidden.dtype)
+        wants_hidden, wants_weight, wants_bias = (
+            needed and grad_enabled for needed in ctx.needs_input_grad[:3]
+        )
+        wants = wants_hidden or wants_weight or wants_bias
+        counts = labels != ignore_index
+        scale = 1 / counts.sum().clamp_min(1).to(precise)
+        grad_hidden = torch.zeros_like(hidden, dtype=precise) if wants_hidden else None
+        grad_bias = weight.new_zeros(weight.shape[0], dtype=precise) if wants_bias else None
+        grad_weight = None
+        if wants_weight:
+            grad_weight = torch.empty_like(weight, dtype=gradient_dtype(weight) or dtype)
+        name = "reference" if torch.compiler.is_compiling() else None
+        softmax_loss = SOFTMAX_LOSS.choose(hidden.device, dtype, name).implementation.forward
+        pieces = _pieces_of(weight.shape[0], hidden.shape[0])
+        normalizer = hidden.new_full(labels.shape, float("-inf"), dtype=precise)
+        right = torch.zeros_like(normalizer)  # the logit of every row's label
+        with full_precision(hidden.device):
+            x = hidden.to(dtype)
+            for piece in pieces:
+                logits = linear(x, weight[piece].to(dtype))
+                offset = None if bias is None else bias[piece].to(precise)
+                here = _labels_in(piece, labels)
+                (partial,) = softmax_loss(logits, offset, here, normalizer, None, False)
+                column = here.clamp_min(0)
+                own = logits.gather(1, column.unsqueeze(1)).squeeze(1).to(precise)
+                own = (own if offset is None else own + offset[column]).where(here >= 0, 0)
+                normalizer = torch.logaddexp(normalizer, partial + own)
+                right += own
+            total = (normalizer - right).where(counts, 0).sum() * scale
+            for piece in pieces if wants else ():
+                narrow = weight[piece].to(dtype)
+                logits = linear(x, narrow)
+                offset = None if bias is None else bias[piece].to(precise)
+                sums = None if grad_bias is None else grad_bias[piece]
+                here, share = _labels_in(piece, labels), counts * scale
+                softmax_loss(logits, offset, here, share, sums, True, normalizer)
+                # From here on, `logits` holds its own gradient.
+                if grad_hidden is not None:
+                    grad_hidden += linear(logits, narrow.T)
+                if grad_weight is not None:
+                    grad_weight[piece] = linear(logits.T, x.T)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, gradient_dtype(weight), None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        return (*_scaled(ctx, grad_loss), None, None, None, None)
+
+
+def _labels_in(piece: slice, labels: Tensor) -> Tensor:
+    """The column of every label in a piece of the vocabulary, or -1."""
+    columns = labels - piece.start
+    return columns.where((columns >= 0) & (labels < piece.stop), -1)
+
+
+def _pieces_of(vocabulary: int, rows: int) -> list[slice]:
+    """The vocabulary in equal pieces, of so many logits that they stay in cache."""
+    most = max(128, SMALL_PIECE // max(rows, 1))
+    count = -(-vocabulary // most)
+    size = -(-vocabulary // count)
+    return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]

@@ -27,11 +27,11 @@ _LANES = 64  # running maxima kept side by side, so that their loop vectorises
 
 
 @compiled()
-def _rows(logits, bias, labels, scale, losses, bias_sums, wants_grad):
+def _rows(logits, bias, labels, scale, normalizers, losses, bias_sums, wants_grad):
     R, V = logits.shape
     tasks = bias_sums.shape[0]
     whole = V - V % _LANES
-    zero = scale.dtype.type(0)
+    zero, one = scale.dtype.type(0), scale.dtype.type(1)
     for task in prange(tasks):
         row, tops = np.empty(V, scale.dtype), np.empty(_LANES, scale.dtype)
         for r in range(task * R // tasks, (task + 1) * R // tasks):
@@ -40,26 +40,33 @@ def _rows(logits, bias, labels, scale, losses, bias_sums, wants_grad):
             if bias.size:
                 for i in range(V):
                     row[i] += bias[i]
-            tops[:] = row[0]
-            for start in range(0, whole, _LANES):
+            if normalizers.size:
+                top = normalizers[r]
+            else:
+                tops[:] = row[0]
+                for start in range(0, whole, _LANES):
+                    for j in range(_LANES):
+                        tops[j] = max(tops[j], row[start + j])
+                top = row[0]
                 for j in range(_LANES):
-                    tops[j] = max(tops[j], row[start + j])
-            top = row[0]
-            for j in range(_LANES):
-                top = max(top, tops[j])
-            for i in range(whole, V):
-                top = max(top, row[i])
-            right = row[labels[r]] - top
+                    top = max(top, tops[j])
+                for i in range(whole, V):
+                    top = max(top, row[i])
+            label = labels[r]
+            right = row[label] - top if label >= 0 else -top
             total = zero
             for i in range(V):
                 row[i] = exp(row[i] - top)
                 total += row[i]
+            if normalizers.size:
+                total = one
             losses[r] = math.log(total) - right
             if wants_grad:
                 factor = scale[r] / total
                 for i in range(V):
                     row[i] *= factor
-                row[labels[r]] -= scale[r]
+                if label >= 0:
+                    row[label] -= scale[r]
                 for i in range(V):
                     logits[r, i] = written(row[i], logits[r, i])
                 if bias_sums.shape[1]:
@@ -74,6 +81,7 @@ def softmax_loss_numba(
     scale: Tensor,
     grad_bias: Tensor | None,
     wants_grad: bool,
+    normalizer: Tensor | None = None,
 ) -> tuple[Tensor]:
     """Computes `softmax_loss_reference` on the CPU."""
     R, V = logits.shape
@@ -82,10 +90,11 @@ def softmax_loss_numba(
     if logits.numel() == 0:
         return (losses,)
     tasks = min(R, match_threads())
-    offset = logits.new_empty(0, dtype=precise) if bias is None else bias
+    nothing = logits.new_empty(0, dtype=precise)
+    offset, known = (nothing if x is None else x for x in (bias, normalizer))
     columns = 0 if grad_bias is None else V
     bias_sums = logits.new_zeros(tasks, columns, dtype=precise)
-    inputs = as_arrays(offset, labels, scale)
+    inputs = as_arrays(offset, labels, scale, known)
     _rows(*targets(logits), *inputs, *targets(losses, bias_sums), wants_grad)
     if grad_bias is not None:
         grad_bias += bias_sums.sum(dim=0)

@@ -18,6 +18,7 @@ def softmax_loss_reference(
     scale: Tensor,
     grad_bias: Tensor | None,
     wants_grad: bool,
+    normalizer: Tensor | None = None,
 ) -> tuple[Tensor]:
     """Gives the loss of every row; the gradient of the logits takes their place.
 
@@ -27,10 +28,13 @@ def softmax_loss_reference(
     Args:
         logits: Shape (R, V), without bias; overwritten where `wants_grad`.
         bias: Shape (V,), float32 or float64, or None.
-        labels: The right column of every row, shape (R,).
+        labels: The right column of every row, shape (R,); -1 where it is in no column, as that of a
+            part of the vocabulary may be: then the loss is the logsumexp alone.
         scale: What the row's gradient is multiplied by, shape (R,); 0 for rows that do not count.
         grad_bias: Where to add the gradient of the bias, shape (V,), or None.
         wants_grad: Whether to compute gradients.
+        normalizer: The logsumexp of all the vocabulary, shape (R,), where the logits are a part; or
+            None where they are the whole.
 
     Returns:
         The losses, shape (R,), float32 or float64.
@@ -44,11 +48,15 @@ def softmax_loss_reference(
         if bias is not None:
             scores = scores + bias
         index = labels[part].unsqueeze(1)
-        normalizer = torch.logsumexp(scores, dim=1, keepdim=True)
-        losses[part] = (normalizer - scores.gather(1, index)).squeeze(1)
+        is_here, index = index >= 0, index.clamp_min(0)
+        if normalizer is None:
+            total = torch.logsumexp(scores, dim=1, keepdim=True)
+        else:
+            total = normalizer[part].unsqueeze(1)
+        losses[part] = (total - scores.gather(1, index).where(is_here, 0)).squeeze(1)
         if wants_grad:
-            grad = (scores - normalizer).exp_()
-            grad.scatter_add_(1, index, grad.new_full((1, 1), -1).expand_as(index))
+            grad = (scores - total).exp_()
+            grad.scatter_add_(1, index, -is_here.to(precise))
             grad.mul_(scale[part].unsqueeze(1))
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
