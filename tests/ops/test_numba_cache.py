@@ -14,6 +14,7 @@ import pytest
 import i3lm
 from i3lm.ops import numba_bridge
 from i3lm.ops.numba_cache import BesideSource, InGivenFolder, OfUser, digest_of_sources
+from i3lm.ops.self_check import CHECKS
 
 
 def test_a_digest_is_of_all_sources(tmp_path: Path):
@@ -71,3 +72,44 @@ def test_a_change_of_what_a_kernel_calls_counts(tmp_path: Path):
     assert text.count(plain) == 1
     called.write_text(text.replace(plain, plain.replace("x: x\n", "x: x + x\n")))
     assert run() == 8
+
+
+_PRINT_BITS = """
+import hashlib, sys, torch
+from i3lm.ops.dispatch import use_implementation
+from i3lm.ops.self_check import CHECKS
+for name in sys.argv[1:]:
+    check = CHECKS[name]
+    for dtype in sorted({check.dtype, torch.float32}, key=str):
+        if check.op.named("numba").refuses(torch.device("cpu"), dtype) is None:
+            with use_implementation(**{name: "numba"}):
+                results = check.results(torch.device("cpu"), dtype)
+            numbers = b"".join(x.detach().float().contiguous().numpy().tobytes() for x in results)
+            print(name, dtype, hashlib.sha256(numbers).hexdigest())
+"""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["softmax_loss"],
+        pytest.param(
+            [name for name, check in CHECKS.items() if "numba" in check.op.names],
+            marks=pytest.mark.slow,
+            id="all",
+        ),
+    ],
+)
+def test_the_process_that_compiles_computes_as_the_next_one(names: list[str], tmp_path: Path):
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", _PRINT_BITS, *names],
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        outputs.append(done.stdout)
+    assert len(outputs[0].splitlines()) >= len(names)
+    assert outputs[0] == outputs[1]

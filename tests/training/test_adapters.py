@@ -356,5 +356,6 @@ def test_with_gradient_checkpointing(adapted_run: Path, tiny_run: Path, tmp_path
     source = ["--model.source", str(tiny_run / "last")]
     assert main(["train", "--output", str(run), *source, *ADAPTING, *options]) == 0
     assert len(losses(run)) == 4
-    assert losses(run)[1] == losses(adapted_run)[1]
+    # The loss is summed over pieces of the vocabulary in place of pieces of the rows.
+    assert losses(run)[1] == pytest.approx(losses(adapted_run)[1], rel=1e-6)
     assert losses(run)[4] == pytest.approx(losses(adapted_run)[4], abs=1e-3)

@@ -199,7 +199,9 @@ class OnePassAdamW(AdamW):
         between what that leaves free, and no large block would fit there again.
         """
         every = (p for group in self.param_groups for p in group["params"])
-        parameters = [p for p in every if p not in self.state]
+        parameters = [p for p in every if not self.state.get(p)]
+        if not parameters:
+            return
         line = 32  # numbers, so that each begins at a line of the cache
         sizes = [-(-p.numel() // line) * line for p in parameters]
         blocks = [torch.zeros(sum(sizes), dtype=self.state_dtype) for _ in self._AVERAGES]

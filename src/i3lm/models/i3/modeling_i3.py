@@ -542,13 +542,12 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
             hidden, weight = linear(hidden, head.lora_B), head.lora_A
         else:
             weight = head.weight
-        return linear_cross_entropy(
-            hidden,
-            weight,
-            head.bias,
-            shift_labels.flatten(),
-            recompute=self.training and self.is_activation_checkpointing,
+        # Where memory counts more than time; an accelerator multiplies small pieces badly.
+        recompute = (
+            self.training and self.is_activation_checkpointing and hidden.device.type == "cpu"
         )
+        labels = shift_labels.flatten()
+        return linear_cross_entropy(hidden, weight, head.bias, labels, recompute=recompute)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Writes weights, configuration and generation settings into a folder."""

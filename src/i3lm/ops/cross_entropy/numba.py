@@ -7,9 +7,10 @@ as its gradient. bfloat16 comes as its bits.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
-from numba import prange
+from numba import njit, prange
 from torch import Tensor
 
 from i3lm.ops.dispatch import accumulation_dtype
@@ -24,6 +25,31 @@ from i3lm.ops.numba_bridge import (
 )
 
 _LANES = 64  # running maxima kept side by side, so that their loop vectorises
+
+
+# As written: the process that compiles a kernel reorders what it may in another way than the next
+# one, which has it from the cache.
+_as_written: Any = njit(fastmath=False, cache=True, error_model="numpy")
+
+
+@_as_written
+def _exponentials(row, top):
+    for i in range(row.size):
+        row[i] = exp(row[i] - top)
+
+
+@_as_written
+def _write_gradient(row, total, scale, label, gradient, bias_sums):
+    """From the exponentials of a row, its gradient, and what that adds to the bias's."""
+    factor = scale / total
+    for i in range(row.size):
+        row[i] *= factor
+    if label >= 0:
+        row[label] -= scale
+    for i in range(row.size):
+        gradient[i] = written(row[i], gradient[i])
+    for i in range(bias_sums.size):
+        bias_sums[i] += row[i]
 
 
 @compiled()
@@ -55,23 +81,15 @@ def _rows(logits, bias, labels, scale, normalizers, losses, bias_sums, wants_gra
             label = labels[r]
             right = row[label] - top if label >= 0 else -top
             total = zero
+            _exponentials(row, top)
             for i in range(V):
-                row[i] = exp(row[i] - top)
                 total += row[i]
             if normalizers.size:
                 total = one
             losses[r] = math.log(total) - right
             if wants_grad:
-                factor = scale[r] / total
-                for i in range(V):
-                    row[i] *= factor
-                if label >= 0:
-                    row[label] -= scale[r]
-                for i in range(V):
-                    logits[r, i] = written(row[i], logits[r, i])
-                if bias_sums.shape[1]:
-                    for i in range(V):
-                        bias_sums[task, i] += row[i]
+                sums = bias_sums[task]
+                _write_gradient(row, total, scale[r], label, logits[r], sums)
 
 
 def softmax_loss_numba(
