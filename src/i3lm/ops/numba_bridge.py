@@ -68,6 +68,12 @@ compiled: Any = partial(_kernel, parallel=True, fastmath=FAST)
 as_written: Any = partial(_kernel, parallel=True, fastmath=False)
 # Such a function may launch others.
 serial: Any = partial(_kernel, fastmath=FAST)
+# For functions that kernels call, with loops that write what they compute. The compiler makes two
+# forms of such a loop, and how near its arrays lie decides which one runs; and a process that
+# compiles a kernel reorders what it may in another way than the next one, which has it from the
+# cache. Only as written are all bitwise the same. Not saying so is not enough: a function called
+# takes over the freedom of its caller.
+serial_as_written: Any = partial(njit, fastmath=False, cache=True, error_model="numpy")
 inlined: Any = partial(njit, inline="always", fastmath=FAST, error_model="numpy")
 
 logger = logging.getLogger(__name__)

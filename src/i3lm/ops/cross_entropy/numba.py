@@ -7,10 +7,9 @@ as its gradient. bfloat16 comes as its bits.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from i3lm.ops.dispatch import accumulation_dtype
@@ -19,6 +18,7 @@ from i3lm.ops.numba_bridge import (
     compiled,
     exp,
     match_threads,
+    serial_as_written,
     targets,
     widen,
     written,
@@ -27,18 +27,13 @@ from i3lm.ops.numba_bridge import (
 _LANES = 64  # running maxima kept side by side, so that their loop vectorises
 
 
-# As written: the process that compiles a kernel reorders what it may in another way than the next
-# one, which has it from the cache.
-_as_written: Any = njit(fastmath=False, cache=True, error_model="numpy")
-
-
-@_as_written
+@serial_as_written()
 def _exponentials(row, top):
     for i in range(row.size):
         row[i] = exp(row[i] - top)
 
 
-@_as_written
+@serial_as_written()
 def _write_gradient(row, total, scale, label, gradient, bias_sums):
     """From the exponentials of a row, its gradient, and what that adds to the bias's."""
     factor = scale / total

@@ -13,13 +13,21 @@ row per sequence, and are replaced by the outputs; so are the states.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numba import carray, njit, prange
+from numba import carray, prange
 
 from i3lm.ops.linear.numba import HEIGHT, INPUT, NUMBERS, OUTPUT, WIDTH
-from i3lm.ops.numba_bridge import call, compiled, exp, floats, inlined, pointer, serial
+from i3lm.ops.numba_bridge import (
+    call,
+    compiled,
+    exp,
+    floats,
+    inlined,
+    pointer,
+    serial,
+    serial_as_written,
+)
 from i3lm.ops.wkv.numba import next_token
 from i3lm.ops.wkv.reference import FASTEST_DECAY
 
@@ -48,11 +56,6 @@ _STEP_BYTES = STEP.itemsize
 _LOG_FASTEST = np.float32(np.log(-FASTEST_DECAY))
 
 # Loops are spelt out: for `x += y` numba also compiles, for three seconds, the words of an error.
-
-# For loops that write what they compute. The compiler makes two forms of such a loop, and how near
-# its arrays lie decides which one runs: only as written are both bitwise the same. Not saying so is
-# not enough: a function called takes over the freedom of its caller.
-_as_written: Any = njit(fastmath=False, cache=True, error_model="numpy")
 
 
 @serial()
@@ -119,7 +122,7 @@ def _moments(x):
     return mean, variance / C
 
 
-@_as_written
+@serial_as_written()
 def _normalise(x, weight, bias, epsilon, output):
     for r in range(x.shape[0]):
         mean, variance = _moments(x[r])
@@ -135,7 +138,7 @@ def _norm(x, step, output):
     _normalise(x, weight, bias, step.epsilon, output)
 
 
-@_as_written
+@serial_as_written()
 def _mix(x, previous, share, output):
     for r in range(x.shape[0]):
         for i in range(x.shape[1]):
@@ -164,21 +167,21 @@ def _gelu(x):
     return x * (one - tail if x >= 0 else tail)
 
 
-@_as_written
+@serial_as_written()
 def _gate(receptance, values):
     for r in range(receptance.shape[0]):
         for i in range(receptance.shape[1]):
             values[r, i] *= _sigmoid(receptance[r, i])
 
 
-@_as_written
+@serial_as_written()
 def _apply_gelu(x):
     for r in range(x.shape[0]):
         for i in range(x.shape[1]):
             x[r, i] = _gelu(x[r, i])
 
 
-@_as_written
+@serial_as_written()
 def _apply_squared_relu(x):
     for r in range(x.shape[0]):
         for i in range(x.shape[1]):
@@ -186,27 +189,27 @@ def _apply_squared_relu(x):
             x[r, i] = positive * positive
 
 
-@_as_written
+@serial_as_written()
 def _write_log_decay(time_decay, decay):
     for i in range(decay.size):
         decay[i] = -exp(min(time_decay[i], _LOG_FASTEST))
 
 
-@_as_written
+@serial_as_written()
 def _copy(x, output):
     for r in range(x.shape[0]):
         for i in range(x.shape[1]):
             output[r, i] = x[r, i]
 
 
-@_as_written
+@serial_as_written()
 def _add(total, x):
     for r in range(x.shape[0]):
         for i in range(x.shape[1]):
             total[r, i] += x[r, i]
 
 
-@_as_written
+@serial_as_written()
 def _turn(x, cosine, sine):
     """Turns queries or keys (H, D) of one token by the angles of its position."""
     half = x.shape[1] // 2
@@ -225,7 +228,7 @@ def _dot(x, y):
     return total
 
 
-@_as_written
+@serial_as_written()
 def _softmax(scores):
     top, total = np.float32(-np.inf), np.float32(0)
     for s in range(scores.size):
@@ -247,7 +250,7 @@ def _score(query, keys, scores):
         scores[s] = total * scale
 
 
-@_as_written
+@serial_as_written()
 def _sum_up(scores, values, output):
     for i in range(output.size):
         output[i] = 0
