@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -17,6 +19,8 @@ from i3lm.ops.dispatch import (
 
 # Up to so many rows, a product is bound by reading the matrix.
 FEW_ROWS = 4
+# Columns of a product that are taken together where all at once are slow.
+_PIECE = 256
 
 
 def _onednn_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -73,20 +77,81 @@ def _mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Narrowed(torch.autograd.Function):
-    """A matrix in autocast's dtype, which is that of its gradient where `gradient_dtype` allows.
+    """A product in autocast's dtype, of a weight that is kept in float32.
 
-    Autocast would keep the copy until its block ends, though no product needs it again.
+    Autocast would keep its copy of the matrix until its block ends, though no product needs it
+    again; and the matrix's gradient stays in the dtype of the product where `gradient_dtype` allows.
     """
 
     @staticmethod
-    def forward(ctx, weight, dtype):
-        ctx.grad_dtype = gradient_dtype(weight)
-        return weight.to(dtype)
+    def forward(ctx, x, weight, bias, dtype):
+        low, narrow = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(low, narrow)
+        ctx.dtypes = x.dtype, gradient_dtype(weight), None if bias is None else bias.dtype
+        offset = None if bias is None else bias.to(dtype)
+        return matrix_product(low.flatten(0, -2), narrow.T, offset).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return (grad if ctx.grad_dtype is None else grad.to(ctx.grad_dtype)), None
+        low, narrow = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.dtypes
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        flat, shape = grad.flatten(0, -2), grad.shape[:-1]
+        grad_x = grad_weight = grad_bias = None
+        if wants_x:
+            grad_x = matrix_product(flat, narrow).unflatten(0, shape).to(of_x)
+        turned, sums = _turned(flat, low.shape[-1], wants_bias)
+        if wants_weight:
+            grad_weight = torch.mm(turned, low.flatten(0, -2)).to(of_weight or grad.dtype)
+        if wants_bias:
+            grad_bias = (flat.sum(dim=0) if sums is None else sums).to(of_bias)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _turned(grad: Tensor, width: int, wants_sums: bool) -> tuple[Tensor, Tensor | None]:
+    """The transpose of a gradient, for the product with an input, and perhaps sums of its columns.
+
+    oneDNN multiplies a transposed bfloat16 matrix at half speed. To write it down first pays where
+    it is the narrow one of the two.
+    """
+    if (
+        not _has_tiles()
+        or grad.dtype != torch.bfloat16
+        or 2 * grad.shape[1] > width
+        or numba_refuses_bits(grad.device, grad.dtype)
+    ):
+        return grad.T, None
+    from i3lm.ops.transpose.numba import transpose_numba
+
+    turned, sums = transpose_numba(grad, wants_sums)
+    return turned, sums if wants_sums else None
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Gives ``a @ b + bias``, both (M, K) and (K, N), of one dtype.
+
+    oneDNN's product of bfloat16 tiles takes up to twice as long as it might for some thousand rows
+    and few columns (benchmarks/NOTES.md): those columns are taken in pieces.
+    """
+    (rows, inner), columns = a.shape, b.shape[1]
+    few = 768 <= rows <= 1152 and columns <= 768 and columns % _PIECE == 0 and inner >= 2 * columns
+    if not (few and columns > _PIECE and a.dtype == torch.bfloat16 and _has_tiles()):
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+    output = a.new_empty(rows, columns)
+    for start in range(0, columns, _PIECE):
+        piece = slice(start, start + _PIECE)
+        if bias is None:
+            torch.mm(a, b[:, piece], out=output[:, piece])
+        else:
+            torch.addmm(bias[piece], a, b[:, piece], out=output[:, piece])
+    return output
 
 
 # Of one row or a few, as in decoding.
@@ -136,7 +201,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return plain(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         if weight.dtype == torch.float32 and weight.requires_grad and torch.is_grad_enabled():
-            weight = _Narrowed.apply(weight, torch.get_autocast_dtype("cpu"))
+            return _Narrowed.apply(x, weight, bias, torch.get_autocast_dtype("cpu"))
         return plain(x, weight, bias)
     if (
         x.numel() <= FEW_ROWS * x.shape[-1]
