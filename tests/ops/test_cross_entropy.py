@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from i3lm.ops import linear, linear_cross_entropy
-from i3lm.ops.cross_entropy import SOFTMAX_LOSS
+from i3lm.ops.cross_entropy import SOFTMAX_LOSS, _logits
 from i3lm.ops.dispatch import use_implementation
 from tests.ops.drawing import make_generator
 
@@ -165,17 +165,20 @@ def test_large_tensors_go_when_they_have_served(pieces: int, monkeypatch: pytest
     logits, copies, last = [], [], []
 
     def watched(x: Tensor, weight: Tensor) -> Tensor:
-        if weight.shape == (V, C):
-            copies.append(weakref.ref(weight))
-            assert not any(earlier() is not None for earlier in logits)
-        if x.shape[0] == V:
-            last.append(copies[-1]() is None)
-        output = linear(x, weight)
-        if output.shape[1] == V:
-            logits.append(weakref.ref(output))
+        copies.append(weakref.ref(weight))
+        assert not any(earlier() is not None for earlier in logits)
+        output = _logits(x, weight)
+        logits.append(weakref.ref(output))
         return output
 
-    monkeypatch.setattr("i3lm.ops.cross_entropy.linear", watched)
+    def last_product(x: Tensor, weight: Tensor) -> Tensor:
+        output = linear(x, weight)
+        if output.shape == (V, C):
+            last.append(copies[-1]() is None)
+        return output
+
+    monkeypatch.setattr("i3lm.ops.cross_entropy._logits", watched)
+    monkeypatch.setattr("i3lm.ops.cross_entropy.linear", last_product)
     with torch.autocast("cpu", torch.bfloat16):
         loss_of(wanted, labels, piece_bytes=2 * V * N // pieces)
     assert len(logits) == pieces

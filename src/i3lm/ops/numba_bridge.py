@@ -13,14 +13,29 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, config, njit, types
 from numba.core import cgutils, event
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, overload, typeof_impl
 from torch import Tensor
 
 from i3lm.ops.numba_cache import know_all_sources
 
 know_all_sources()
+
+
+def _use_whole_vectors() -> None:
+    """Has loops use all 512 bits of a vector where processors gain by it (benchmarks/NOTES.md).
+
+    LLVM keeps to half for most of Intel's, of which the first ran slower with whole ones. Those
+    that came with bfloat16 instructions do not. It takes effect where nothing was compiled yet.
+    """
+    features = get_host_cpu_features()
+    if config.CPU_FEATURES is None and "+avx512bf16" in features.split(","):
+        config.CPU_FEATURES = f"{features},-prefer-256-bit"
+
+
+_use_whole_vectors()
 
 _asked = torch.get_num_threads()
 _LAUNCHED = numba.get_num_threads()  # starts its threads, and with them changes PyTorch's number
@@ -223,6 +238,20 @@ def _type_of(dtype: torch.dtype) -> str:
     return np.dtype(str(dtype).removeprefix("torch.")).str
 
 
+def _type_multiply_add(typing_context: Any, a: Any, b: Any, c: Any) -> tuple[Any, Any]:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        number = values[0].type
+        form = ir.FunctionType(number, [number] * 3)
+        name = f"llvm.fmuladd.{'f32' if number == ir.FloatType() else 'f64'}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, form, name), values)
+
+    return a(a, b, c), generate
+
+
+# Inside a kernel, a * b + c in one instruction where the processor has it: in loops as written too.
+multiply_add: Any = intrinsic(_type_multiply_add)
+
+
 def exp(x: Any) -> Any:
     """``e^x`` inside a kernel: float32 to 2 ulp in a form that vectorises, float64 by libm."""
     raise NotImplementedError("for use inside numba kernels")  # they take the overload below
@@ -232,17 +261,17 @@ def exp(x: Any) -> Any:
 def _exp_float32(x):
     """``e^x`` for x at most about 88; below -87 the smallest normal number."""
     x = max(x, np.float32(-87.0))
-    n = np.floor(x * _LOG2_E + np.float32(0.5))
-    r = x - n * _LN2_HIGH - n * _LN2_LOW  # |r| <= ln(2) / 2
+    n = np.floor(multiply_add(x, _LOG2_E, np.float32(0.5)))
+    r = multiply_add(n, -_LN2_LOW, multiply_add(n, -_LN2_HIGH, x))  # |r| <= ln(2) / 2
     # e^r by its Taylor series to degree 7: the rest is below 1e-8.
     p = np.float32(1.0 / 5040.0)
-    p = p * r + np.float32(1.0 / 720.0)
-    p = p * r + np.float32(1.0 / 120.0)
-    p = p * r + np.float32(1.0 / 24.0)
-    p = p * r + np.float32(1.0 / 6.0)
-    p = p * r + np.float32(0.5)
-    p = p * r + np.float32(1.0)
-    p = p * r + np.float32(1.0)
+    p = multiply_add(p, r, np.float32(1.0 / 720.0))
+    p = multiply_add(p, r, np.float32(1.0 / 120.0))
+    p = multiply_add(p, r, np.float32(1.0 / 24.0))
+    p = multiply_add(p, r, np.float32(1.0 / 6.0))
+    p = multiply_add(p, r, np.float32(0.5))
+    p = multiply_add(p, r, np.float32(1.0))
+    p = multiply_add(p, r, np.float32(1.0))
     # 2^n by writing n into the exponent bits.
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 

@@ -139,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden.shape[0], rows):
                 piece = slice(start, start + rows)
                 x = hidden[piece].to(dtype)
-                logits = linear(x, narrow)  # (rows, V)
+                logits = _logits(x, narrow)
                 marked = labels[piece]
                 counts = marked != ignore_index
                 (losses,) = softmax_loss(
@@ -177,6 +177,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*_scaled(ctx, grad_loss), None, None, None, None, None)
 
 
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """The logits of some rows, (R, V); on a CPU all rows of a token lie together.
+
+    oneDNN gives them so in half the time where R is much smaller than V, and takes half the time
+    for the gradient of the matrix too (benchmarks/NOTES.md).
+    """
+    return linear(weight, x).T if x.device.type == "cpu" else linear(x, weight)
+
+
 def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
     """The gradients that a forward pass kept, times that of the loss."""
     # A last loss is usually differentiated as it is: spare the copies then. An accelerator
@@ -212,7 +221,7 @@ class _InPiecesOfVocabulary(torch.autograd.Function):
         with full_precision(hidden.device):
             x = hidden.to(dtype)
             for piece in pieces:
-                logits = linear(x, weight[piece].to(dtype))
+                logits = _logits(x, weight[piece].to(dtype))
                 offset = None if bias is None else bias[piece].to(precise)
                 here = _labels_in(piece, labels)
                 (partial,) = softmax_loss(logits, offset, here, normalizer, None, False)
@@ -224,7 +233,7 @@ class _InPiecesOfVocabulary(torch.autograd.Function):
             total = (normalizer - right).where(counts, 0).sum() * scale
             for piece in pieces if wants else ():
                 narrow = weight[piece].to(dtype)
-                logits = linear(x, narrow)
+                logits = _logits(x, narrow)
                 offset = None if bias is None else bias[piece].to(precise)
                 sums = None if grad_bias is None else grad_bias[piece]
                 here, share = _labels_in(piece, labels), counts * scale

@@ -1,14 +1,14 @@
-"""Softmax, loss and gradient of a piece of logits on the CPU, in one visit of every row.
+"""Softmax, loss and gradient of a piece of logits on the CPU, in two visits of every number.
 
-A row is read once, turned into exponentials in a buffer that stays in the cache, and written once
-as its gradient. bfloat16 comes as its bits.
+Rows lie side by side, a token of the vocabulary after the other: so lie the logits that the
+faster matrix product gives, all loops run over rows, and each stays in the first cache. bfloat16
+comes as its bits.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
+import torch
 from numba import prange
 from torch import Tensor
 
@@ -18,73 +18,72 @@ from i3lm.ops.numba_bridge import (
     compiled,
     exp,
     match_threads,
+    multiply_add,
     serial_as_written,
     targets,
     widen,
     written,
 )
 
-_LANES = 64  # running maxima kept side by side, so that their loop vectorises
+_LANES = 64  # sums kept side by side, so that their loop vectorises
+# The vocabulary in parts: as many for any number of threads, so that sums have one order.
+_PARTS, _SMALLEST_PART = 64, 256
 
 
 @serial_as_written()
-def _exponentials(row, top):
-    for i in range(row.size):
-        row[i] = exp(row[i] - top)
+def _add_exponentials(logits, offset, tops, totals):
+    """One token of the vocabulary into every row's maximum and its sum of e^(x - maximum)."""
+    one = tops.dtype.type(1)
+    for r in range(tops.size):
+        x = widen(logits[r]) + offset
+        distance = x - tops[r]
+        # Of e^(x - new) and e^(old - new), with the new maximum, one is 1.
+        other = exp(-abs(distance))
+        totals[r] = multiply_add(totals[r], other, one) if distance > 0 else totals[r] + other
+        tops[r] = max(tops[r], x)
 
 
 @serial_as_written()
-def _write_gradient(row, total, scale, label, gradient, bias_sums):
-    """From the exponentials of a row, its gradient, and what that adds to the bias's."""
-    factor = scale / total
-    for i in range(row.size):
-        row[i] *= factor
-    if label >= 0:
-        row[label] -= scale
-    for i in range(row.size):
-        gradient[i] = written(row[i], gradient[i])
-    for i in range(bias_sums.size):
-        bias_sums[i] += row[i]
+def _write_gradients(logits, offset, tops, factors, gradients, lanes):
+    """One token's gradients in every row, into the logits' place; gives their sum."""
+    for r in range(tops.size):
+        gradients[r] = exp(widen(logits[r]) + offset - tops[r]) * factors[r]
+    for r in range(tops.size):
+        logits[r] = written(gradients[r], logits[r])
+    whole = tops.size - tops.size % _LANES
+    for i in range(_LANES):
+        lanes[i] = 0
+    for start in range(0, whole, _LANES):
+        for i in range(_LANES):
+            lanes[i] += gradients[start + i]
+    total = lanes[0]
+    for i in range(1, _LANES):
+        total += lanes[i]
+    for r in range(whole, tops.size):
+        total += gradients[r]
+    return total
 
 
 @compiled()
-def _rows(logits, bias, labels, scale, normalizers, losses, bias_sums, wants_grad):
-    R, V = logits.shape
-    tasks = bias_sums.shape[0]
-    whole = V - V % _LANES
-    zero, one = scale.dtype.type(0), scale.dtype.type(1)
-    for task in prange(tasks):
-        row, tops = np.empty(V, scale.dtype), np.empty(_LANES, scale.dtype)
-        for r in range(task * R // tasks, (task + 1) * R // tasks):
-            for i in range(V):
-                row[i] = widen(logits[r, i])
-            if bias.size:
-                for i in range(V):
-                    row[i] += bias[i]
-            if normalizers.size:
-                top = normalizers[r]
-            else:
-                tops[:] = row[0]
-                for start in range(0, whole, _LANES):
-                    for j in range(_LANES):
-                        tops[j] = max(tops[j], row[start + j])
-                top = row[0]
-                for j in range(_LANES):
-                    top = max(top, tops[j])
-                for i in range(whole, V):
-                    top = max(top, row[i])
-            label = labels[r]
-            right = row[label] - top if label >= 0 else -top
-            total = zero
-            _exponentials(row, top)
-            for i in range(V):
-                total += row[i]
-            if normalizers.size:
-                total = one
-            losses[r] = math.log(total) - right
-            if wants_grad:
-                sums = bias_sums[task]
-                _write_gradient(row, total, scale[r], label, logits[r], sums)
+def _sum_up(logits, bias, tops, totals):
+    V, R = logits.shape
+    parts = tops.shape[0]
+    for part in prange(parts):
+        for v in range(part * V // parts, (part + 1) * V // parts):
+            offset = bias[v] if bias.size else tops.dtype.type(0)
+            _add_exponentials(logits[v], offset, tops[part], totals[part])
+
+
+@compiled()
+def _differentiate(logits, bias, tops, factors, sums, parts):
+    V, R = logits.shape
+    for part in prange(parts):
+        gradients, lanes = np.empty(R, tops.dtype), np.empty(_LANES, tops.dtype)
+        for v in range(part * V // parts, (part + 1) * V // parts):
+            offset = bias[v] if bias.size else tops.dtype.type(0)
+            total = _write_gradients(logits[v], offset, tops, factors, gradients, lanes)
+            if sums.size:
+                sums[v] += total
 
 
 def softmax_loss_numba(
@@ -99,16 +98,36 @@ def softmax_loss_numba(
     """Computes `softmax_loss_reference` on the CPU."""
     R, V = logits.shape
     precise = accumulation_dtype(logits.dtype)
-    losses = logits.new_empty(R, dtype=precise)
     if logits.numel() == 0:
+        return (logits.new_empty(R, dtype=precise),)
+    by_token = logits.T.contiguous()
+    match_threads()
+    parts = max(1, min(_PARTS, V // _SMALLEST_PART))
+    offset = logits.new_empty(0, dtype=precise) if bias is None else bias
+    if normalizer is None:
+        tops = logits.new_full((parts, R), torch.finfo(precise).min, dtype=precise)
+        totals = torch.zeros_like(tops)
+        _sum_up(*as_arrays(by_token, offset), *targets(tops, totals))
+        top = tops.amax(dim=0)
+        total = (totals * (tops - top).exp_()).sum(dim=0)
+    else:
+        top, total = normalizer, torch.ones_like(normalizer)
+    rows = torch.arange(R)
+    is_here, column = labels >= 0, labels.clamp_min(0)
+    right = by_token[column, rows].to(precise)
+    right = right if bias is None else right + bias[column]
+    losses = total.log() + torch.where(is_here, top - right, top)
+    if not wants_grad:
         return (losses,)
-    tasks = min(R, match_threads())
-    nothing = logits.new_empty(0, dtype=precise)
-    offset, known = (nothing if x is None else x for x in (bias, normalizer))
-    columns = 0 if grad_bias is None else V
-    bias_sums = logits.new_zeros(tasks, columns, dtype=precise)
-    inputs = as_arrays(offset, labels, scale, known)
-    _rows(*targets(logits), *inputs, *targets(losses, bias_sums), wants_grad)
+    factors = scale.to(precise) / total
+    sums = logits.new_zeros(V if grad_bias is not None else 0, dtype=precise)
+    inputs = as_arrays(offset, top, factors)
+    _differentiate(*targets(by_token), *inputs, *targets(sums), parts)
+    rows, column, share = rows[is_here], column[is_here], scale[is_here].to(precise)
+    of_label = (right - top)[is_here].exp_() * factors[is_here] - share
+    by_token[column, rows] = of_label.to(logits.dtype)
     if grad_bias is not None:
-        grad_bias += bias_sums.sum(dim=0)
+        grad_bias += sums.index_add_(0, column, -share)
+    if by_token.data_ptr() != logits.data_ptr():
+        logits.copy_(by_token.T)
     return (losses,)
