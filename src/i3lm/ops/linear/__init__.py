@@ -89,7 +89,7 @@ class _Narrowed(torch.autograd.Function):
         ctx.save_for_backward(low, narrow)
         ctx.dtypes = x.dtype, gradient_dtype(weight), None if bias is None else bias.dtype
         offset = None if bias is None else bias.to(dtype)
-        return matrix_product(low.flatten(0, -2), narrow.T, offset).unflatten(0, x.shape[:-1])
+        return matrix_product(low.flatten(0, -2), narrow, offset).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
@@ -100,7 +100,7 @@ class _Narrowed(torch.autograd.Function):
         flat, shape = grad.flatten(0, -2), grad.shape[:-1]
         grad_x = grad_weight = grad_bias = None
         if wants_x:
-            grad_x = matrix_product(flat, narrow).unflatten(0, shape).to(of_x)
+            grad_x = matrix_product(flat, narrow.T).unflatten(0, shape).to(of_x)
         turned, sums = _turned(flat, low.shape[-1], wants_bias)
         if wants_weight:
             grad_weight = torch.mm(turned, low.flatten(0, -2)).to(of_weight or grad.dtype)
@@ -134,24 +134,24 @@ def _has_tiles() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Gives ``a @ b + bias``, both (M, K) and (K, N), of one dtype.
+def matrix_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Gives ``x @ weight.T + bias`` of matrices (M, K) and (N, K), all of one dtype.
 
     oneDNN's product of bfloat16 tiles takes up to twice as long as it might for some thousand rows
-    and few columns (benchmarks/NOTES.md): those columns are taken in pieces.
+    and few columns: those columns are taken in pieces. And PyTorch has it add to a bias that was
+    written everywhere before, which takes longer than a bias that is added at the end.
     """
-    (rows, inner), columns = a.shape, b.shape[1]
-    few = 768 <= rows <= 1152 and columns <= 768 and columns % _PIECE == 0 and inner >= 2 * columns
-    if not (few and columns > _PIECE and a.dtype == torch.bfloat16 and _has_tiles()):
-        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
-    output = a.new_empty(rows, columns)
+    if x.dtype != torch.bfloat16 or not _has_tiles():
+        return F.linear(x, weight, bias)
+    (rows, inner), columns = x.shape, weight.shape[0]
+    few = _PIECE < columns <= 768 and columns % _PIECE == 0 and inner >= 2 * columns
+    if not (few and 768 <= rows <= 1152):
+        return _product(x, weight, bias) if bias is not None and x.numel() else torch.mm(x, weight.T)
+    output = x.new_empty(rows, columns)
     for start in range(0, columns, _PIECE):
         piece = slice(start, start + _PIECE)
-        if bias is None:
-            torch.mm(a, b[:, piece], out=output[:, piece])
-        else:
-            torch.addmm(bias[piece], a, b[:, piece], out=output[:, piece])
-    return output
+        torch.mm(x, weight[piece].T, out=output[:, piece])
+    return output if bias is None else output.add_(bias)
 
 
 # Of one row or a few, as in decoding.
