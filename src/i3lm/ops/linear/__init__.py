@@ -118,7 +118,6 @@ def _turned(grad: Tensor, width: int, wants_sums: bool) -> tuple[Tensor, Tensor 
     if (
         not _has_tiles()
         or grad.dtype != torch.bfloat16
-        or 2 * grad.shape[1] > width
         or numba_refuses_bits(grad.device, grad.dtype)
     ):
         return grad.T, None
