@@ -17,10 +17,11 @@ from torch import Tensor
 
 from i3lm.ops.adamw import AdamWSettings
 from i3lm.ops.adamw.reference import HASH_FACTORS, rounding_key
-from i3lm.ops.numba_bridge import compiled, inlined, match_threads, pointer, widen
+from i3lm.ops.numba_bridge import compiled, fetch, inlined, match_threads, pointer, widen
 
-# Elements of a task, and of the piece of it whose working array stays in the first cache.
-_TASK, _PIECE = 65536, 1024
+# Elements of a task; and of the piece of it whose working array stays in the first cache, in a step
+# and in a sum. So many pieces ahead memory is fetched: while one is computed, the next ones come.
+_TASK, _PIECE, _SUMMED, _AHEAD = 65536, 128, 512, 4
 _SIXTEEN, _THIRTEEN, _LOW_HALF = np.uint32(16), np.uint32(13), np.uint32(0xFFFF)
 _FACTORS = tuple(np.uint32(factor) for factor in HASH_FACTORS)
 
@@ -49,6 +50,17 @@ def _load_sparse(row, address, is_narrow, places, width, start, stop):
             low, high = max(start, r * width), min(stop, (r + 1) * width)
             moved = (place - r) * width
             _load(row[low - start : high - start], address, is_narrow, low + moved, high + moved)
+
+
+@inlined()
+def _fetch(address, is_narrow, start, stop):
+    """Has numbers at an address brought into the cache for a later piece, if there is one."""
+    if start >= stop:
+        return
+    if is_narrow:
+        fetch(carray(pointer(address), stop, np.uint16)[start:stop])
+    else:
+        fetch(carray(pointer(address), stop, np.float32)[start:stop])
 
 
 @inlined()
@@ -82,14 +94,16 @@ def _fill_random(random, start, key):
 def _sums_of_squares(tasks, addresses, narrow, sums):
     for task in prange(len(tasks)):
         tensor, begin, end = tasks[task, 0], tasks[task, 1], tasks[task, 2]
-        work = np.empty((1, _PIECE), np.float32)
+        work = np.empty((1, _SUMMED), np.float32)
         total = np.float64(0)
-        for start in range(begin, end, _PIECE):
-            stop = min(start + _PIECE, end)
+        for start in range(begin, end, _SUMMED):
+            stop = min(start + _SUMMED, end)
+            ahead = start + _AHEAD * _SUMMED
+            _fetch(addresses[tensor, 0], narrow[tensor], ahead, min(ahead + _SUMMED, end))
             _load(work[0], addresses[tensor, 0], narrow[tensor], start, stop)
             work[0, stop - start :] = 0
             part = np.float32(0)
-            for i in range(_PIECE):
+            for i in range(_SUMMED):
                 part += work[0, i] * work[0, i]
             total += part
         sums[task] = total
@@ -109,6 +123,13 @@ def _steps(tasks, addresses, narrow, sparse, settings, scale, keys, narrow_state
         work, random = np.empty((4, _PIECE), np.float32), np.empty(_PIECE, np.uint32)
         for start in range(begin, end, _PIECE):
             stop = min(start + _PIECE, end)
+            ahead = start + _AHEAD * _PIECE
+            then = min(ahead + _PIECE, end)
+            _fetch(parameter, False, ahead, then)
+            if not places:
+                _fetch(gradient, narrow[tensor], ahead, then)
+            _fetch(average, narrow_state, ahead, then)
+            _fetch(square, narrow_state, ahead, then)
             _load(work[0], parameter, False, start, stop)
             if places:
                 _load_sparse(work[1], gradient, narrow[tensor], places, width, start, stop)
