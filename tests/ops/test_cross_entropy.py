@@ -185,6 +185,38 @@ def test_large_tensors_go_when_they_have_served(pieces: int, monkeypatch: pytest
     assert last == [False] * (pieces - 1) + [True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_part", [False, True])
+def test_a_long_row_by_any_number_of_threads(dtype: torch.dtype, is_part: bool):
+    R, V = 70, 1500  # a few parts of the vocabulary, and rows that fill no vector
+    draw_from = torch.Generator().manual_seed(0)
+    logits = (20 * torch.randn(V, R, generator=draw_from)).to(dtype).T
+    logits[3, 7], logits[4] = 80, -80
+    bias, scale = torch.randn(V, generator=draw_from), torch.rand(R, generator=draw_from)
+    labels = torch.randint(0, V, (R,), generator=draw_from)
+    labels[3] = 7
+    normalizer = None
+    if is_part:
+        labels[::5] = -1
+        normalizer = torch.logsumexp(logits.float() + bias, dim=1) + 0.5
+    results, threads = [], torch.get_num_threads()
+    for name, count in (("reference", 1), ("numba", 1), ("numba", 2)):
+        torch.set_num_threads(count)
+        try:
+            grad, sums = logits.T.clone().T, torch.ones(V)
+            run = SOFTMAX_LOSS.named(name).forward
+            (losses,) = run(grad, bias, labels, scale, sums, True, normalizer)
+        finally:
+            torch.set_num_threads(threads)
+        results.append((losses, grad, sums))
+    expected, once, twice = results
+    assert all(map(torch.equal, once, twice))
+    for got, wanted in zip(once, expected, strict=True):
+        # Gradients of at most 1, in the logits' dtype; losses of up to 200, and sums, in float32.
+        tolerance = 2e-5 if got.dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * 0.1)
+
+
 def test_without_gradients_none_are_computed():
     tensors, labels = draw(6, 3, 11, has_bias=True)
     leaves = [x.requires_grad_() for x in tensors]

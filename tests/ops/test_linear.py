@@ -13,6 +13,7 @@ from i3lm.ops import linear
 from i3lm.ops.dispatch import processor_vendor, use_implementation
 from i3lm.ops.linear import FEW_ROWS, LINEAR
 from i3lm.ops.linear.numba import few_rows
+from i3lm.ops.linear.numba_transpose import transpose
 from tests.ops.drawing import make_generator
 
 NAMES = [
@@ -82,6 +83,72 @@ def test_autocast_and_low_precision_keep_their_dtype():
         assert linear(x, weight).dtype == torch.bfloat16
     assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
     assert linear(x.double(), weight.double()).dtype == torch.float64
+
+
+# The third has as many rows and columns as are taken in pieces where the processor has tiles.
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 70, 40, 33), (4, 200, 1024, 512)])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_products_under_autocast(
+    shape: tuple[int, ...], has_bias: bool, has_tiles: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.modules["i3lm.ops.linear"], "_has_tiles", lambda: has_tiles)
+    *before, inner, outer = shape
+    generator = make_generator(*shape, has_bias)
+    shapes = [(*before, inner), (outer, inner), *([(outer,)] if has_bias else [])]
+    # Numbers of bfloat16, so that their products alone are rounded.
+    exact = [torch.randn(s, generator=generator).bfloat16().double() for s in shapes]
+    inputs = [x.float().requires_grad_() for x in exact]
+    exact = [x.requires_grad_() for x in exact]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear(*inputs)
+    expected = F.linear(*exact)
+    weights = torch.randn(expected.shape, generator=generator).bfloat16()
+    grads = torch.autograd.grad(got, inputs, weights)
+    wanted = torch.autograd.grad(expected, exact, weights.double())
+    assert got.dtype == torch.bfloat16
+    for a, b in zip((got, *grads), (expected, *wanted), strict=True):
+        assert a.shape == b.shape
+        # Rounded to bfloat16 at most twice: 2^-8 of the largest numbers.
+        torch.testing.assert_close(
+            a.double(), b, rtol=2**-7, atol=2**-8 * b.detach().abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_a_gradient_may_stay_narrow(has_tiles: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules["i3lm.ops.linear"], "_has_tiles", lambda: has_tiles)
+    x, weight = torch.randn(6, 4), torch.nn.Parameter(torch.randn(3, 4))
+    kept = []
+    for dtype in (torch.float32, None):
+        weight.grad, weight.grad_dtype = None, dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            linear(x, weight).sum().backward()
+        kept.append(weight.grad)
+    assert [grad.dtype for grad in kept] == [torch.float32, torch.bfloat16]
+    assert torch.equal(kept[0], kept[1].float())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(rows=st.integers(0, 140), columns=st.integers(0, 300), wants_sums=st.booleans())
+def test_transpose_and_sums_of_any_shape(rows: int, columns: int, wants_sums: bool):
+    x = torch.randn(rows, columns, generator=make_generator(rows, columns)).bfloat16()
+    turned, sums = transpose(x, wants_sums)
+    assert turned.is_contiguous()
+    assert torch.equal(turned, x.T)
+    if wants_sums:
+        # Up to 140 numbers of size 1, added in float32.
+        torch.testing.assert_close(sums, x.double().sum(0).float(), rtol=1e-5, atol=1e-4)
+    else:
+        assert sums is None
+
+
+def test_transpose_of_a_transpose_and_of_nan():
+    x = torch.randn(64, 96).bfloat16().T  # not contiguous
+    x[3, 5] = float("nan")
+    turned, sums = transpose(x, wants_sums=True)
+    assert torch.equal(turned.view(torch.int16), x.T.contiguous().view(torch.int16))
+    assert sums.isnan().nonzero().tolist() == [[5]]
 
 
 def test_is_exact_where_float32_is_promised():

@@ -92,7 +92,7 @@ for name in sys.argv[1:]:
 @pytest.mark.parametrize(
     "names",
     [
-        ["softmax_loss"],
+        ["softmax_loss", "gradient_norm"],
         pytest.param(
             [name for name, check in CHECKS.items() if "numba" in check.op.names],
             marks=pytest.mark.slow,

@@ -31,8 +31,9 @@ def _use_whole_vectors() -> None:
     that came with bfloat16 instructions do not. It takes effect where nothing was compiled yet.
     """
     features = get_host_cpu_features()
-    if config.CPU_FEATURES is None and "+avx512bf16" in features.split(","):
-        config.CPU_FEATURES = f"{features},-prefer-256-bit"
+    settings: Any = config  # made of the environment when it is imported
+    if settings.CPU_FEATURES is None and "+avx512bf16" in features.split(","):
+        settings.CPU_FEATURES = f"{features},-prefer-256-bit"
 
 
 _use_whole_vectors()

@@ -66,7 +66,7 @@ def _write_gradients(logits, offset, tops, factors, gradients, lanes):
 
 @compiled()
 def _sum_up(logits, bias, tops, totals):
-    V, R = logits.shape
+    V = logits.shape[0]
     parts = tops.shape[0]
     for part in prange(parts):
         for v in range(part * V // parts, (part + 1) * V // parts):

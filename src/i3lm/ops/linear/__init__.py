@@ -19,8 +19,8 @@ from i3lm.ops.dispatch import (
 
 # Up to so many rows, a product is bound by reading the matrix.
 FEW_ROWS = 4
-# Columns of a product that are taken together where all at once are slow.
-_PIECE = 256
+# Rows of a bfloat16 output of which all columns at once are slow, and columns that are not.
+_SLOW_ROWS, _PIECE = range(768, 1153), 256
 
 
 def _onednn_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -77,10 +77,10 @@ def _mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Narrowed(torch.autograd.Function):
-    """A product in autocast's dtype, of a weight that is kept in float32.
+    """A product in autocast's dtype with a matrix that is kept in float32.
 
     Autocast would keep its copy of the matrix until its block ends, though no product needs it
-    again; and the matrix's gradient stays in the dtype of the product where `gradient_dtype` allows.
+    again; and the gradient stays in the dtype of the product where `gradient_dtype` allows.
     """
 
     @staticmethod
@@ -89,7 +89,7 @@ class _Narrowed(torch.autograd.Function):
         ctx.save_for_backward(low, narrow)
         ctx.dtypes = x.dtype, gradient_dtype(weight), None if bias is None else bias.dtype
         offset = None if bias is None else bias.to(dtype)
-        return matrix_product(low.flatten(0, -2), narrow, offset).unflatten(0, x.shape[:-1])
+        return _narrow_product(low.flatten(0, -2), narrow, offset).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
@@ -100,31 +100,13 @@ class _Narrowed(torch.autograd.Function):
         flat, shape = grad.flatten(0, -2), grad.shape[:-1]
         grad_x = grad_weight = grad_bias = None
         if wants_x:
-            grad_x = matrix_product(flat, narrow.T).unflatten(0, shape).to(of_x)
-        turned, sums = _turned(flat, low.shape[-1], wants_bias)
+            grad_x = _narrow_product(flat, narrow.T).unflatten(0, shape).to(of_x)
+        turned, sums = _turn(flat, wants_bias)
         if wants_weight:
             grad_weight = torch.mm(turned, low.flatten(0, -2)).to(of_weight or grad.dtype)
-        if wants_bias:
-            grad_bias = (flat.sum(dim=0) if sums is None else sums).to(of_bias)
+        if sums is not None:
+            grad_bias = sums.to(of_bias)
         return grad_x, grad_weight, grad_bias, None
-
-
-def _turned(grad: Tensor, width: int, wants_sums: bool) -> tuple[Tensor, Tensor | None]:
-    """The transpose of a gradient, for the product with an input, and perhaps sums of its columns.
-
-    oneDNN multiplies a transposed bfloat16 matrix at half speed. To write it down first pays where
-    it is the narrow one of the two.
-    """
-    if (
-        not _has_tiles()
-        or grad.dtype != torch.bfloat16
-        or numba_refuses_bits(grad.device, grad.dtype)
-    ):
-        return grad.T, None
-    from i3lm.ops.transpose.numba import transpose_numba
-
-    turned, sums = transpose_numba(grad, wants_sums)
-    return turned, sums if wants_sums else None
 
 
 @functools.cache
@@ -133,24 +115,37 @@ def _has_tiles() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def matrix_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Gives ``x @ weight.T + bias`` of matrices (M, K) and (N, K), all of one dtype.
+def _narrow_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Gives ``x @ weight.T + bias`` of matrices (M, K) and (N, K) in a narrow dtype.
 
-    oneDNN's product of bfloat16 tiles takes up to twice as long as it might for some thousand rows
-    and few columns: those columns are taken in pieces. And PyTorch has it add to a bias that was
-    written everywhere before, which takes longer than a bias that is added at the end.
+    With tiles, the output takes half the time in pieces of few columns where it has about a
+    thousand rows and K is large. And PyTorch would have the product added to a bias that it wrote
+    everywhere before; oneDNN adds one at the end (benchmarks/NOTES.md).
     """
     if x.dtype != torch.bfloat16 or not _has_tiles():
         return F.linear(x, weight, bias)
     (rows, inner), columns = x.shape, weight.shape[0]
-    few = _PIECE < columns <= 768 and columns % _PIECE == 0 and inner >= 2 * columns
-    if not (few and 768 <= rows <= 1152):
-        return _product(x, weight, bias) if bias is not None and x.numel() else torch.mm(x, weight.T)
+    is_slow = rows in _SLOW_ROWS and _PIECE < columns <= 3 * _PIECE and inner >= 2 * columns
+    if not is_slow or columns % _PIECE:
+        return F.linear(x, weight) if bias is None else _product(x, weight, bias)
     output = x.new_empty(rows, columns)
     for start in range(0, columns, _PIECE):
         piece = slice(start, start + _PIECE)
         torch.mm(x, weight[piece].T, out=output[:, piece])
     return output if bias is None else output.add_(bias)
+
+
+def _turn(grad: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor | None]:
+    """The transpose of a gradient, for the product with an input, and perhaps sums of its columns.
+
+    With tiles, oneDNN multiplies a transposed bfloat16 matrix at half speed: it is written down.
+    """
+    bits = _has_tiles() and grad.dtype == torch.bfloat16
+    if not bits or numba_refuses_bits(grad.device, grad.dtype):
+        return grad.T, grad.sum(dim=0) if wants_sums else None
+    from i3lm.ops.linear.numba_transpose import transpose
+
+    return transpose(grad, wants_sums)
 
 
 # Of one row or a few, as in decoding.
@@ -176,9 +171,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     PyTorch computes float32 products on a CPU with MKL, which keeps to AVX2 on processors that
     are not Intel's; oneDNN, in the same wheel, uses AVX512 on all that have it and is then about
     twice as fast, but on Intel's own the slower one. Without gradients, a few rows go through a
-    kernel that reads the matrix at the speed of memory (benchmarks/NOTES.md). All other cases are
-    `torch.nn.functional.linear`: autocast, accelerators, quantised weights, and traced calls, which
-    a compiler replaces anyway.
+    kernel that reads the matrix at the speed of memory (benchmarks/NOTES.md). Under autocast on a
+    CPU, products of a float32 weight and their gradients take the form in which oneDNN is fast.
+    All other cases are `torch.nn.functional.linear`: accelerators, quantised weights, and traced
+    calls, which a compiler replaces anyway.
 
     Args:
         x: Inputs, shape (..., in).

@@ -9,16 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from torch import Tensor, float32
+from torch import Tensor
 
-from i3lm.ops.numba_bridge import as_arrays, compiled, inlined, match_threads, targets, widen
+from i3lm.ops.numba_bridge import (
+    as_arrays,
+    compiled,
+    match_threads,
+    serial_as_written,
+    targets,
+    widen,
+)
 
 _SIDE = 32  # bfloat16 numbers of the widest vector
-_STRIP = 4 * _SIDE  # columns that are read together, so that whole lines of the cache are
+_STRIP = 4 * _SIDE  # columns that are turned together, so that whole lines of the cache are read
 
 
 def _type_turn(typing_context: Any, target: Any, source: Any, n: Any, r: Any) -> tuple[Any, Any]:
@@ -35,9 +43,7 @@ def _type_turn(typing_context: Any, target: Any, source: Any, n: Any, r: Any) ->
         def after(start: Any, steps: int) -> Any:
             return builder.add(start, ir.Constant(start.type, steps))
 
-        rows = [
-            builder.load(place(kinds[1], read, after(r, i), n), align=2) for i in range(_SIDE)
-        ]
+        rows = [builder.load(place(kinds[1], read, after(r, i), n), align=2) for i in range(_SIDE)]
         size = _SIDE // 2
         while size:
             for i in (i for i in range(_SIDE) if not i & size):
@@ -61,44 +67,44 @@ def _type_turn(typing_context: Any, target: Any, source: Any, n: Any, r: Any) ->
 _turn: Any = intrinsic(_type_turn)
 
 
-@inlined()
+@serial_as_written()
 def _add(sums, row):
     for i in range(sums.size):
         sums[i] += widen(row[i])
 
 
 @compiled()
-def _transpose(x, result, sums, tasks):
+def _transpose(x, result, sums):
     R, N = x.shape
-    strips = (N + _STRIP - 1) // _STRIP
-    for task in prange(tasks):
-        total = np.empty(_STRIP, np.float32)
-        for strip in range(task * strips // tasks, (task + 1) * strips // tasks):
-            low = strip * _STRIP
-            high = min(low + _STRIP, N)
-            total[:] = np.float32(0)
-            for r in range(0, R, _SIDE):
-                if r + _SIDE <= R:
-                    for n in range(low, high, _SIDE):
-                        if n + _SIDE <= N:
-                            _turn(result, x, n, r)
-                for i in range(r, min(r + _SIDE, R)):
-                    done = high - high % _SIDE if r + _SIDE <= R else low
-                    for n in range(done, high):
-                        result[n, i] = x[i, n]
-                    if sums.size:
-                        _add(total[: high - low], x[i, low:high])
-            if sums.size:
-                for n in range(low, high):
-                    sums[n] = total[n - low]
+    for strip in prange((N + _STRIP - 1) // _STRIP):
+        low = strip * _STRIP
+        high = min(low + _STRIP, N)
+        whole = high - high % _SIDE  # up to here there are whole tiles
+        total = np.zeros(_STRIP, np.float32)
+        for r in range(0, R, _SIDE):
+            end = min(r + _SIDE, R)
+            rest = low
+            if end - r == _SIDE:
+                for n in range(low, whole, _SIDE):
+                    _turn(result, x, n, r)
+                rest = whole
+            for i in range(r, end):
+                for n in range(rest, high):
+                    result[n, i] = x[i, n]
+                if sums.size:
+                    _add(total[: high - low], x[i, low:high])
+        if sums.size:
+            sums[low:high] = total[: high - low]
 
 
-def transpose_numba(x: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor]:
-    """Gives the transpose of a bfloat16 matrix (R, N), contiguous, and the float32 sums of columns.
+def transpose(x: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor | None]:
+    """Gives the transpose of a bfloat16 matrix (R, N), and the sums of its columns or None.
 
-    Where they are not wanted, the sums are empty.
+    Returns:
+        Shape (N, R), bfloat16, contiguous; and shape (N,), float32, where they are wanted.
     """
     result = x.new_empty(x.shape[1], x.shape[0])
-    sums = x.new_empty(x.shape[1] if wants_sums else 0, dtype=float32)
-    _transpose(*as_arrays(x), *targets(result, sums), match_threads())
-    return result, sums
+    sums = x.new_empty(x.shape[1] if wants_sums else 0, dtype=torch.float32)
+    match_threads()
+    _transpose(*as_arrays(x), *targets(result, sums))
+    return result, sums if wants_sums else None
