@@ -54,6 +54,8 @@ def test_the_result_is_the_model_with_rounded_weights(kind: str, tmp_path: Path)
     ids = draw_ids(2, 9)
     with torch.no_grad():
         torch.testing.assert_close(small(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+        in_pieces = {"shift_labels": draw_ids(2, 9), "skip_logits": True}
+        torch.testing.assert_close(small(ids, **in_pieces).loss, model(ids, **in_pieces).loss)
 
 
 @every_kind

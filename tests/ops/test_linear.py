@@ -92,7 +92,10 @@ def test_autocast_and_low_precision_keep_their_dtype():
 def test_products_under_autocast(
     shape: tuple[int, ...], has_bias: bool, has_tiles: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sys.modules["i3lm.ops.linear"], "_has_tiles", lambda: has_tiles)
+    module = sys.modules["i3lm.ops.linear"]
+    if has_tiles and has_bias and not module._has_tiles():
+        pytest.skip("oneDNN may not multiply bfloat16 here")
+    monkeypatch.setattr(module, "_has_tiles", lambda: has_tiles)
     *before, inner, outer = shape
     generator = make_generator(*shape, has_bias)
     shapes = [(*before, inner), (outer, inner), *([(outer,)] if has_bias else [])]

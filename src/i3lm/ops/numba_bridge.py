@@ -28,7 +28,8 @@ def _use_whole_vectors() -> None:
     """Has loops use all 512 bits of a vector where processors gain by it (benchmarks/NOTES.md).
 
     LLVM keeps to half for most of Intel's, of which the first ran slower with whole ones. Those
-    that came with bfloat16 instructions do not. It takes effect where nothing was compiled yet.
+    that came with bfloat16 instructions do not. It is a setting of the process, for all that numba
+    compiles in it, and takes effect where nothing was compiled yet.
     """
     features = get_host_cpu_features()
     settings: Any = config  # made of the environment when it is imported
@@ -246,7 +247,7 @@ def _type_multiply_add(typing_context: Any, a: Any, b: Any, c: Any) -> tuple[Any
         name = f"llvm.fmuladd.{'f32' if number == ir.FloatType() else 'f64'}"
         return builder.call(cgutils.get_or_insert_function(builder.module, form, name), values)
 
-    return a(a, b, c), generate
+    return a(a, a, a), generate
 
 
 # Inside a kernel, a * b + c in one instruction where the processor has it: in loops as written too.

@@ -18,7 +18,7 @@ from i3lm.ops.dispatch import (
     numba_refuses_bits,
     product_dtype,
 )
-from i3lm.ops.linear import linear
+from i3lm.ops.linear import FEW_ROWS, linear
 
 # Logits that exist at one time, in bytes: large pieces make efficient matrix products.
 PIECE_BYTES = 96 * 2**20
@@ -132,14 +132,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=precise)
         # A compiler fuses the plain form itself.
         name = "reference" if torch.compiler.is_compiling() else None
-        softmax_loss = SOFTMAX_LOSS.choose(hidden.device, dtype, name).implementation.forward
+        kernel = SOFTMAX_LOSS.choose(hidden.device, dtype, name).implementation
+        softmax_loss = kernel.forward
         with full_precision(hidden.device):
             narrow = weight.to(dtype)
             offset = None if bias is None else bias.to(precise)
             for start in range(0, hidden.shape[0], rows):
                 piece = slice(start, start + rows)
                 x = hidden[piece].to(dtype)
-                logits = _logits(x, narrow)
+                logits = _logits(x, narrow, kernel)
                 marked = labels[piece]
                 counts = marked != ignore_index
                 (losses,) = softmax_loss(
@@ -177,13 +178,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*_scaled(ctx, grad_loss), None, None, None, None, None)
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """The logits of some rows, (R, V); on a CPU all rows of a token lie together.
+def _logits(x: Tensor, weight: Tensor, kernel: Implementation) -> Tensor:
+    """The logits of some rows, (R, V), as the kernel of the loss reads them best.
 
-    oneDNN gives them so in half the time where R is much smaller than V, and takes half the time
-    for the gradient of the matrix too (benchmarks/NOTES.md).
+    Numba's has all rows of a token together. oneDNN gives them so in half the time where R is much
+    smaller than V, and takes half the time for the gradient of the matrix (benchmarks/NOTES.md).
     """
-    return linear(weight, x).T if x.device.type == "cpu" else linear(x, weight)
+    plain = type(weight) in (Tensor, torch.nn.Parameter)  # others, quantised ones, come second
+    if kernel.name != "numba" or not plain or x.shape[0] <= FEW_ROWS:
+        return linear(x, weight)
+    return linear(weight, x).T
 
 
 def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
@@ -214,14 +218,15 @@ class _InPiecesOfVocabulary(torch.autograd.Function):
         if wants_weight:
             grad_weight = torch.empty_like(weight, dtype=gradient_dtype(weight) or dtype)
         name = "reference" if torch.compiler.is_compiling() else None
-        softmax_loss = SOFTMAX_LOSS.choose(hidden.device, dtype, name).implementation.forward
+        kernel = SOFTMAX_LOSS.choose(hidden.device, dtype, name).implementation
+        softmax_loss = kernel.forward
         pieces = _pieces_of(weight.shape[0], hidden.shape[0])
         normalizer = hidden.new_full(labels.shape, float("-inf"), dtype=precise)
         right = torch.zeros_like(normalizer)  # the logit of every row's label
         with full_precision(hidden.device):
             x = hidden.to(dtype)
             for piece in pieces:
-                logits = _logits(x, weight[piece].to(dtype))
+                logits = _logits(x, weight[piece].to(dtype), kernel)
                 offset = None if bias is None else bias[piece].to(precise)
                 here = _labels_in(piece, labels)
                 (partial,) = softmax_loss(logits, offset, here, normalizer, None, False)
@@ -233,7 +238,7 @@ class _InPiecesOfVocabulary(torch.autograd.Function):
             total = (normalizer - right).where(counts, 0).sum() * scale
             for piece in pieces if wants else ():
                 narrow = weight[piece].to(dtype)
-                logits = _logits(x, narrow)
+                logits = _logits(x, narrow, kernel)
                 offset = None if bias is None else bias[piece].to(precise)
                 sums = None if grad_bias is None else grad_bias[piece]
                 here, share = _labels_in(piece, labels), counts * scale

@@ -19,7 +19,10 @@ from i3lm.ops.dispatch import (
 
 # Up to so many rows, a product is bound by reading the matrix.
 FEW_ROWS = 4
-# Rows of a bfloat16 output of which all columns at once are slow, and columns that are not.
+# What autocast turns into its own dtype.
+_NARROWABLE = (torch.float32, torch.bfloat16, torch.float16)
+# With so many rows a product of bfloat16 tiles is slow (of few columns and a large inner size), and
+# so many of its columns are not.
 _SLOW_ROWS, _PIECE = range(768, 1153), 256
 
 
@@ -28,9 +31,7 @@ def _onednn_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"runs on the CPU, not on {device.type}"
     if dtype != torch.float32:
         return f"serves float32, not {dtype}"
-    if not torch.backends.mkldnn.is_available() or not hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    ):
+    if not _has_onednn():
         return "this PyTorch is built without oneDNN"
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return "gains nothing without AVX512"
@@ -86,7 +87,8 @@ class _Narrowed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dtype):
         low, narrow = x.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(low, narrow)
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(low if wants_weight else None, narrow if wants_x else None)
         ctx.dtypes = x.dtype, gradient_dtype(weight), None if bias is None else bias.dtype
         offset = None if bias is None else bias.to(dtype)
         return _narrow_product(low.flatten(0, -2), narrow, offset).unflatten(0, x.shape[:-1])
@@ -101,18 +103,23 @@ class _Narrowed(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if wants_x:
             grad_x = _narrow_product(flat, narrow.T).unflatten(0, shape).to(of_x)
-        turned, sums = _turn(flat, wants_bias)
         if wants_weight:
+            turned, sums = _turn(flat, wants_bias)
             grad_weight = torch.mm(turned, low.flatten(0, -2)).to(of_weight or grad.dtype)
-        if sums is not None:
-            grad_bias = sums.to(of_bias)
+            grad_bias = None if sums is None else sums.to(of_bias)
+        elif wants_bias:
+            grad_bias = flat.sum(dim=0).to(of_bias)
         return grad_x, grad_weight, grad_bias, None
 
 
 @functools.cache
 def _has_tiles() -> bool:
-    """Whether the processor multiplies tiles of bfloat16 (AMX)."""
-    return bool(torch.cpu._is_amx_tile_supported())
+    """Whether the processor multiplies tiles of bfloat16 (AMX), and PyTorch has oneDNN for it."""
+    return _has_onednn() and bool(torch.cpu._is_amx_tile_supported())
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _narrow_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -172,7 +179,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     are not Intel's; oneDNN, in the same wheel, uses AVX512 on all that have it and is then about
     twice as fast, but on Intel's own the slower one. Without gradients, a few rows go through a
     kernel that reads the matrix at the speed of memory (benchmarks/NOTES.md). Under autocast on a
-    CPU, products of a float32 weight and their gradients take the form in which oneDNN is fast.
+    CPU, products of a float32 weight and their gradients, which are not differentiated further,
+    take the form in which oneDNN is fast.
     All other cases are `torch.nn.functional.linear`: accelerators, quantised weights, and traced
     calls, which a compiler replaces anyway.
 
@@ -195,7 +203,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ):
         return plain(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
-        if weight.dtype == torch.float32 and weight.requires_grad and torch.is_grad_enabled():
+        both = weight.dtype == torch.float32 and x.dtype in _NARROWABLE
+        if both and weight.requires_grad and torch.is_grad_enabled():
             return _Narrowed.apply(x, weight, bias, torch.get_autocast_dtype("cpu"))
         return plain(x, weight, bias)
     if (
