@@ -38,6 +38,7 @@ SPECIAL = {
     "numba_bridge": {"llvmlite", "numba", "numpy"},
     "numba_cache": {"numba"},
     "numba_table": {"numba", "numpy"},
+    "numba_transpose": {"llvmlite", "numba", "numpy"},
     "triton": {"triton"},
     "triton_bridge": {"triton"},
 }
