@@ -196,10 +196,8 @@ def test_gradient_checkpointing(tiny_run: Path, tmp_path: Path, monkeypatch: pyt
     options = ["--training.gradient-checkpointing", "true", "--training.max-steps", "4"]
     assert main(["train", "--output", str(run), *TINY_TRAINING, *options]) == 0
     assert passes == 4 * 2  # the one layer of attention is computed once more for its gradients
-    # The same operations on the same numbers, computed twice; but the loss is computed from the
-    # logits of pieces, which rounds its gradient elsewhere. The rate is still warming up.
-    expected = {step: losses(tiny_run)[step] for step in range(1, 5)}
-    assert losses(run) == pytest.approx(expected, abs=2e-6)
+    # The same operations on the same numbers, computed twice; the rate is still warming up.
+    assert losses(run) == {step: losses(tiny_run)[step] for step in range(1, 5)}
 
 
 @pytest.mark.slow

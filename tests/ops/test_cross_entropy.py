@@ -17,6 +17,17 @@ from i3lm.ops.dispatch import Implementation, use_implementation
 from tests.ops.drawing import make_generator
 
 NAMES = SOFTMAX_LOSS.names
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_vocabularies_are_several_pieces():
+    """Where logits are computed twice, in pieces of two tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("SMALL_PIECE", 1), ("FEWEST_COLUMNS", 2)):
+            patch.setattr(sys.modules["i3lm.ops.cross_entropy"], name, value)
+        yield
+
+
 # Against float64: sums over up to 200 columns, and in bfloat16 logits of 8 bits.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 

@@ -22,8 +22,8 @@ from i3lm.ops.linear import FEW_ROWS, linear
 
 # Logits that exist at one time, in bytes: large pieces make efficient matrix products.
 PIECE_BYTES = 96 * 2**20
-# Logits at one time where they are computed twice.
-SMALL_PIECE = 2**22
+# Logits at one time where they are computed twice, and the fewest columns of them.
+SMALL_PIECE, FEWEST_COLUMNS = 2**22, 128
 
 
 def _numba(*inputs: Any) -> tuple[Tensor, ...]:
@@ -67,7 +67,8 @@ def linear_cross_entropy(
         ignore_index: The label of positions that do not count.
         piece_bytes: Most bytes of logits at one time (at least one row).
         recompute: Compute logits twice, in small pieces of the vocabulary, for less memory: neither
-            they nor a copy of the matrix are ever there as a whole. Not in float16.
+            they nor a copy of the matrix are ever there as a whole. Not in float16, nor where
+            one such piece holds them all.
 
     Returns:
         The loss, a float32 (float64) scalar; 0 where no label counts.
@@ -97,7 +98,8 @@ def linear_cross_entropy(
                 f"{weight.shape[0] - 1}, and {ignore_index} does not count"
             )
     dtype = product_dtype(hidden)
-    if recompute and dtype != torch.float16:
+    recompute = recompute and dtype != torch.float16
+    if recompute and len(_pieces_of(weight.shape[0], hidden.shape[0])) > 1:
         wants = torch.is_grad_enabled()
         return _InPiecesOfVocabulary.apply(hidden, weight, bias, labels, ignore_index, dtype, wants)
     most = max(1, piece_bytes // (dtype.itemsize * weight.shape[0]))
@@ -266,7 +268,7 @@ def _labels_in(piece: slice, labels: Tensor) -> Tensor:
 
 def _pieces_of(vocabulary: int, rows: int) -> list[slice]:
     """The vocabulary in equal pieces, of so many logits that they stay in cache."""
-    most = max(128, SMALL_PIECE // max(rows, 1))
+    most = max(FEWEST_COLUMNS, SMALL_PIECE // max(rows, 1))
     count = -(-vocabulary // most)
     size = -(-vocabulary // count)
     return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
