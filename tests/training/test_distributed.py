@@ -39,8 +39,12 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}\n"
     "{% endgeneration %}{% else %}U:{{ m.content }}\n{% endif %}{% endfor %}"
 )
-# Sums of the same numbers in another order, in float32, after 8 steps of AdamW.
+# Sums of the same numbers in another order, in float32, over 8 steps of AdamW.
 CLOSE = {"rtol": 0, "atol": 2e-5}
+# The root of the mean square of the weights' differences, where AdamW has moved each by some 1e-2.
+# Not each difference: AdamW divides a gradient by its size, so that one which is rounding errors
+# and little else moves its weight by some share of a whole step.
+WEIGHTS_DIFFER = 1e-6
 
 
 def rows(batch_size: int) -> list[str]:
@@ -73,7 +77,9 @@ def assert_same_run(run: Path, reference: Path) -> None:
         weights, wanted_weights = (
             load_file(folder / name / "model.safetensors") for folder in (run, reference)
         )
-        torch.testing.assert_close(weights, wanted_weights, **CLOSE)
+        assert weights.keys() == wanted_weights.keys()
+        differences = [(weights[key] - wanted_weights[key]).flatten() for key in weights]
+        assert torch.cat(differences).square().mean().sqrt() < WEIGHTS_DIFFER
 
 
 @pytest.fixture(scope="module")
