@@ -22,6 +22,10 @@ for preset in i3-80m i3-200m i3-1b; do
   run python benchmarks/training_step.py --device cuda --preset "$preset" --context 1024 \
     --batch 8 --precision bf16 --peer gpt2 --output "$out/gpu_training_step.jsonl"
 done
+for preset in i3-80m i3-200m i3-1b; do
+  run python benchmarks/compiled_generation.py --device cuda --preset "$preset" \
+    --output "$out/gpu_compiled_generation.jsonl"
+done
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"
   exit 1

@@ -344,8 +344,8 @@ def test_settings_that_cannot_be_followed():
     message = r"^context_overflow \('drop'\) must be one of error, window, shift$"
     with pytest.raises(ValueError, match=message):
         generate(model, ids, 5, context_overflow="drop")
-    with pytest.raises(ValueError, match=r"^cache_implementation \('static'\) cannot keep"):
-        generate(model, ids, 5, cache_implementation="static")
+    with pytest.raises(ValueError, match=r"^cache_implementation \('quantized'\) cannot keep"):
+        generate(model, ids, 5, cache_implementation="quantized")
     embeds = model.get_input_embeddings()(ids)
     with pytest.raises(ValueError, match=r"^prefill_chunk_size \(3\) cuts token ids only"):
         model.generate(inputs_embeds=embeds, max_new_tokens=5, prefill_chunk_size=3)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -130,25 +130,21 @@ _GROWING: dict[type, type] = {
 }
 
 
-class I3Cache(DynamicCache):
-    """transformers' `DynamicCache` that also knows its length when no layer is attention.
+class KnowsLength(Cache):
+    """A cache of transformers that also knows its length when no layer is attention.
 
-    The stock cache asks an attention layer how many tokens it has seen; a stack of recurrent
-    layers alone has none. Keys and values grow in place, see `GrowingKeys`.
+    The stock ones ask an attention layer how many tokens it has seen; a stack of recurrent layers
+    alone has none.
     """
 
-    def __init__(self, config: I3Config, **kwargs) -> None:
-        super().__init__(config=config, **kwargs)
-        for layer in self.layers:
-            layer.__class__ = _GROWING.get(type(layer), type(layer))
-        self._has_attention = any(kind != "linear_attention" for kind in config.layer_types or ())
-        self._seen_tokens = 0
+    _has_attention: bool
+    _seen_tokens: Any  # a number, or a scalar of int64
 
     def count_tokens(self, count: int) -> None:
         """Notes that `count` more tokens have passed through the model."""
         self._seen_tokens += count
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
         """The number of tokens seen so far."""
         return super().get_seq_length(layer_idx) if self._has_attention else self._seen_tokens
 
@@ -161,15 +157,66 @@ class I3Cache(DynamicCache):
         """
         return super().is_linear if self._has_attention else [False] * len(self.layers)
 
-    @property
-    def is_compileable(self) -> bool:
-        """False: states are replaced as they grow, and `generate` must pass plain masks."""
-        return False
-
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self._seen_tokens = 0
+        self._seen_tokens *= 0  # in place where it is a tensor
+
+
+class I3Cache(KnowsLength, DynamicCache):
+    """The states, and keys and values that grow in place, see `GrowingKeys`.
+
+    Args:
+        config: The model's configuration.
+    """
+
+    def __init__(self, config: I3Config, **kwargs) -> None:
+        super().__init__(config=config, **kwargs)
+        for layer in self.layers:
+            layer.__class__ = _GROWING.get(type(layer), type(layer))
+        self._has_attention, self._seen_tokens = has_attention(config), 0
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: keys move as they grow, and `generate` must pass plain masks."""
+        return False
+
+
+class I3StaticCache(KnowsLength, StaticCache):
+    """The states, and keys and values with room for a number of tokens from the beginning on.
+
+    All of its tensors keep their size and place, so that a step of decoding can be compiled once
+    and its kernels launched as one CUDA graph.
+
+    Args:
+        config: The model's configuration.
+        max_cache_len: The tokens that there is room for.
+        device: Where the model is.
+    """
+
+    def __init__(self, config: I3Config, max_cache_len: int, device: torch.device) -> None:
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        # A tensor: every other number would be compiled anew.
+        seen = torch.zeros((), dtype=torch.int64, device=device)
+        torch._dynamo.mark_static_address(seen)
+        self._has_attention, self._seen_tokens = has_attention(config), seen
+        limited = {"full_attention", "hybrid"} & set(config.layer_types or ())
+        positions_end = config.position_limit is not None
+        self._room = max_cache_len if limited or positions_end else None
+
+    def check_room(self, length: int) -> None:
+        """Raises a ValueError where a text of so many tokens is too long."""
+        if self._room is not None and length > self._room:
+            raise ValueError(
+                f"a text of {length} tokens, with its padding and all new ones, is longer than a "
+                f"static cache of {self._room} can keep: ask for fewer, or leave out "
+                "cache_implementation and cache"
+            )
+
+
+def has_attention(config: I3Config) -> bool:
+    """Whether any layer keeps keys and values."""
+    return any(kind != "linear_attention" for kind in config.layer_types or ())
 
 
 class CarriedState:

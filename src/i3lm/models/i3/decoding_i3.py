@@ -36,7 +36,7 @@ _SLOTS: dict[type[nn.Module], tuple[int, ...]] = {
 def next_logits(
     model: Any,
     input_ids: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | dict[str, Tensor | None] | None,
     position_ids: Tensor | None,
     cache: Cache | None,
 ) -> Tensor | None:
@@ -57,6 +57,8 @@ def next_logits(
         something is padded, watched, replaced, or wrong.
     """
     if not isinstance(cache, I3Cache) or input_ids.dtype != torch.int64 or input_ids.dim() != 2:
+        return None
+    if isinstance(attention_mask, dict):
         return None
     if attention_mask is not None and not (attention_mask.dim() == 2 and attention_mask.all()):
         return None

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin
 
-from i3lm.models.i3.cache_i3 import I3Cache
+from i3lm.models.i3.cache_i3 import I3Cache, I3StaticCache
 from i3lm.models.i3.configuration_i3 import I3Config
+from i3lm.models.i3.masks_i3 import causal_masks, padding_mask
 
 CONTEXT_OVERFLOWS = ("error", "window", "shift")
 
@@ -94,18 +95,54 @@ class I3GenerationMixin(GenerationMixin):
         if limit is not None and generation_config.context_overflow == "error":
             prompt = int(model_kwargs["position_ids"].max()) + 1
             check_context(prompt, generation_config._new_tokens, limit)
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        asked = generation_config.cache_implementation
+        if asked not in (None, "dynamic", "static"):
             raise ValueError(
-                f"cache_implementation ({generation_config.cache_implementation!r}) cannot keep "
-                "the states of recurrent layers: leave it out"
+                f"cache_implementation ({asked!r}) cannot keep the states of recurrent layers: "
+                "leave it out, or give 'static'"
             )
         model_kwargs["context_overflow"] = generation_config.context_overflow
+        length = model_kwargs["position_ids"].shape[1] + generation_config._new_tokens
         if generation_config.use_cache and model_kwargs.get("cache") is None:
-            model_kwargs["cache"] = I3Cache(self.config)
+            if asked == "static":
+                room = self._static_room(max(length, generation_config.max_cache_len or 0))
+                model_kwargs["cache"] = I3StaticCache(self.config, room, self.device)
+            else:
+                model_kwargs["cache"] = I3Cache(self.config)
             generation_config.cache_implementation = None
+        if isinstance(model_kwargs.get("cache"), I3StaticCache):
+            model_kwargs["cache"].check_room(length)
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )
+
+    def _static_room(self, length: int) -> int:
+        """The tokens that a static cache has room for, so that most calls agree in it.
+
+        That is the context where there is one, and else a power of two: what was compiled for
+        one size serves no other.
+        """
+        return self.config.position_limit or max(64, 1 << (length - 1).bit_length())
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: I3Config,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor | None]:
+        """What tokens may see and which are padding, for steps that are compiled.
+
+        Returns:
+            What `causal_masks` gives, and as ``linear_attention`` what `padding_mask` does.
+        """
+        T = inputs_embeds.shape[1]
+        return {
+            **causal_masks(config, inputs_embeds, attention_mask, cache),
+            # The one token of a step is never padding.
+            "linear_attention": padding_mask(attention_mask, T) if T > 1 else None,
+        }
 
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs

@@ -10,11 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    packed_sequence_mask_function,
-)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -43,6 +38,7 @@ from i3lm.models.i3.cache_i3 import (
     CarriedRow,
     CarriedState,
     I3Cache,
+    KnowsLength,
     read_state,
     write_state,
 )
@@ -50,6 +46,7 @@ from i3lm.models.i3.configuration_i3 import I3Config
 from i3lm.models.i3.decoding_i3 import TokenByKernels, begin_token, next_logits
 from i3lm.models.i3.generation_i3 import I3GenerationMixin
 from i3lm.models.i3.initialization_i3 import initialize_original, initialize_rwkv
+from i3lm.models.i3.masks_i3 import causal_masks, mask_of_layer, padding_mask
 from i3lm.models.i3.packing_i3 import (
     check_reset,
     count_within_documents,
@@ -241,7 +238,7 @@ class I3Model(I3PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -255,7 +252,8 @@ class I3Model(I3PreTrainedModel):
         Args:
             input_ids: Token ids, shape (B, T).
             attention_mask: 1 at real tokens and 0 at padding, shape (B, S) with S counting the
-                tokens already in the cache too.
+                tokens already in the cache too; or the masks that
+                `create_masks_for_generate` makes.
             position_ids: Positions, shape (B, T) or (1, T); by default they count the real
                 tokens of a document.
             cache: States and keys of earlier tokens.
@@ -270,8 +268,8 @@ class I3Model(I3PreTrainedModel):
 
         Raises:
             ValueError: Both or neither of ids and embeddings, an id outside the vocabulary, more
-                tokens than there are positions, or a `reset` or `carried_state` that does not
-                fit.
+                tokens than there are positions, masks without the positions that belong to
+                them, or a `reset` or `carried_state` that does not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -280,6 +278,9 @@ class I3Model(I3PreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
         B, T, _ = inputs_embeds.shape
+        prepared: dict[str, Tensor | None] | None = None
+        if isinstance(attention_mask, dict):
+            prepared, attention_mask = attention_mask, None
         starts = carried_row = None
         if reset is not None:
             check_reset(reset, (B, T), attention_mask)
@@ -293,15 +294,20 @@ class I3Model(I3PreTrainedModel):
         seen = cache.get_seq_length() if cache is not None else 0
         positions = self.config.position_embedding_type
         if position_ids is None and positions != "none":
+            if prepared is not None:
+                raise ValueError("masks that were made before need position_ids beside them")
             position_ids = self._positions(attention_mask, seen, starts, inputs_embeds)
             self._check_length(seen + T, position_ids)
 
-        padding_mask = self._padding_mask(attention_mask, T)
-        first, causal_masks = {}, {}
-        if starts is not None and padding_mask is None:
+        padding = padding_mask(attention_mask, T)
+        first: dict[str, Tensor] = {}
+        masks: dict[str, Tensor | None] = {}
+        if prepared is not None:
+            masks, padding = prepared, prepared.get("linear_attention")
+        elif starts is not None and padding is None:
             first = first_seen(starts, self.config.sliding_window)
         else:
-            causal_masks = self._causal_masks(inputs_embeds, attention_mask, cache, starts)
+            masks = causal_masks(self.config, inputs_embeds, attention_mask, cache, starts)
         hidden_states, rotation = inputs_embeds, None
         if positions == "learned":
             hidden_states = inputs_embeds + self.embed_positions(position_ids)
@@ -312,9 +318,9 @@ class I3Model(I3PreTrainedModel):
             )
         kinds, token = self.config.layer_types or (), None
         stretches: Sequence[Stretch] = [Stretch(range(len(kinds)), None)]
-        if padding_mask is None and isinstance(cache, I3Cache):
-            masks = [causal_masks.get(kind) for kind in kinds]
-            token = self._by_kernels(hidden_states, cache, masks, rotation)
+        if padding is None and isinstance(cache, I3Cache):
+            by_layer = [mask_of_layer(masks, kind) for kind in kinds]
+            token = self._by_kernels(hidden_states, cache, by_layer, rotation)
             stretches = stretches if token is None else token.plan.stretches
         for stretch in stretches:
             by_kernels = None
@@ -326,8 +332,8 @@ class I3Model(I3PreTrainedModel):
             for layer in stretch.layers:
                 hidden_states = self.layers[layer](
                     hidden_states,
-                    causal_mask=causal_masks.get(kinds[layer]),
-                    padding_mask=padding_mask,
+                    causal_mask=mask_of_layer(masks, kinds[layer]),
+                    padding_mask=padding,
                     cache=cache,
                     rotation=rotation,
                     first=first.get(kinds[layer]),
@@ -335,7 +341,7 @@ class I3Model(I3PreTrainedModel):
                     carried_row=carried_row,
                     step=by_kernels,
                 )
-        if isinstance(cache, I3Cache):
+        if isinstance(cache, KnowsLength):
             cache.count_tokens(T)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache)
 
@@ -356,47 +362,13 @@ class I3Model(I3PreTrainedModel):
     def _pieces(self) -> Pieces:
         return Pieces(self, (self.layers,))
 
-    def _causal_masks(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        starts: Tensor | None,
-    ) -> dict[str, Tensor | None]:
-        """What each token may see, (B, 1, T, S), by type of layer; None is the causal rule."""
-        if attention_mask is None and inputs_embeds.shape[1] == 1:
-            return {}  # one token sees all that the cache holds
-        kinds = set(self.config.layer_types or ()) - {"linear_attention"}
-        arguments = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "cache": cache,
-            "position_ids": None,
-            "and_mask_function": None if starts is None else packed_sequence_mask_function(starts),
-        }
-        masks: dict[str, Tensor | None] = {}
-        if "sliding_attention" in kinds:
-            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
-        if kinds - {"sliding_attention"}:
-            full = create_causal_mask(**arguments)
-            masks |= {"full_attention": full, "hybrid": full}
-        return masks
-
-    def _padding_mask(self, attention_mask: Tensor | None, T: int) -> Tensor | None:
-        """True at real tokens, bool, (B, T); None where nothing is padded."""
-        if attention_mask is None or attention_mask.dim() != 2:
-            return None
-        mask = attention_mask[:, -T:].bool()
-        return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
-
     def _positions(
         self, attention_mask: Tensor | None, seen: int, starts: Tensor | None, embeds: Tensor
     ) -> Tensor:
         """Positions (B, T) or (1, T) that count the real tokens of each document."""
         T = embeds.shape[1]
         if attention_mask is None or attention_mask.dim() != 2:
-            positions = torch.arange(seen, seen + T, device=embeds.device).unsqueeze(0)
+            positions = (torch.arange(T, device=embeds.device) + seen).unsqueeze(0)
         else:
             positions = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -T:]
         return positions if starts is None else count_within_documents(positions, starts)
@@ -455,7 +427,7 @@ class I3ForCausalLM(I3PreTrainedModel, I3GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,

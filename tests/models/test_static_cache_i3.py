@@ -1,0 +1,129 @@
+"""Generation with a cache of one size, whose steps can be compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo import lookup_backend
+from transformers import CompileConfig
+
+from i3lm.models.i3.cache_i3 import I3StaticCache
+from tests.models.test_generation_i3 import continue_by_hand, every_kind, generate
+from tests.models.tiny_i3 import LIMITED, draw_ids, make_model
+
+
+@every_kind
+@pytest.mark.parametrize("prompt_length", [1, 9])
+def test_greedy_text_is_that_of_full_passes(kind: str, prompt_length: int):
+    model, prompt = make_model(kind), draw_ids(2, prompt_length)
+    output = generate(model, prompt, 15, cache_implementation="static")  # up to the context of 24
+    assert torch.equal(output, continue_by_hand(model, prompt, 15))
+
+
+@every_kind
+def test_all_modes_give_what_they_give_with_a_growing_cache(kind: str):
+    model, ids = make_model(kind), draw_ids(3, 9)
+    mask = (torch.arange(9) >= torch.tensor([[0], [3], [8]])).long()
+    ids = torch.where(mask.bool(), ids, 0)
+    for options in (
+        {},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 1, "num_return_sequences": 2},
+        {"prefill_chunk_size": 4},
+    ):
+        static, growing = (
+            generate(
+                model, ids, 12, attention_mask=mask, cache_implementation=implementation, **options
+            )
+            for implementation in ("static", None)
+        )
+        assert torch.equal(static, growing), options
+
+
+@every_kind
+def test_a_step_is_compiled_once_for_all_calls(kind: str):
+    torch._dynamo.reset()
+    model, compiled = make_model(kind), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    compiling = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    compiling._compile_all_devices = True  # by itself `generate` compiles on accelerators only
+    for length in (5, 9):
+        prompt = draw_ids(2, length)
+        mask = (torch.arange(length) >= torch.tensor([[0], [length - 3]])).long()
+        for attention_mask in (torch.ones_like(prompt), mask):
+            static, growing = (
+                generate(model, prompt, 12, attention_mask=attention_mask, **options)
+                for options in (
+                    {"cache_implementation": "static", "compile_config": compiling},
+                    {},
+                )
+            )
+            assert torch.equal(static, growing)
+    # transformers' layer with a window counts by a number, which is compiled as itself at first.
+    assert len(compiled) == (2 if "sliding" in kind else 1)
+
+
+@every_kind
+def test_a_cache_carries_a_conversation_on(kind: str):
+    model, prompt = make_model(kind), draw_ids(1, 5)
+    settings = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    first = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=6,
+        cache_implementation="static",
+        **settings,
+    )
+    assert isinstance(first.cache, I3StaticCache)
+    more = torch.cat([first.sequences, draw_ids(1, 3, seed=2)], dim=1)
+    again = model.generate(
+        more,
+        attention_mask=torch.ones_like(more),
+        cache=first.cache,
+        max_new_tokens=6,
+        **settings,
+    )
+    assert torch.equal(again.sequences, continue_by_hand(model, more, 6))
+
+
+@every_kind
+def test_a_cache_that_was_reset_begins_anew(kind: str):
+    model, ids = make_model(kind), draw_ids(2, 9)
+    cache = I3StaticCache(model.config, 24, model.device)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for _ in range(2):
+            parts = [model(part, cache=cache).logits for part in ids.split([4, 1, 4], dim=1)]
+            torch.testing.assert_close(torch.cat(parts, dim=1), expected)
+            assert int(cache.get_seq_length()) == 9
+            cache.reset()
+
+
+def test_what_does_not_fit_is_refused():
+    message = r"^a text of 25 tokens, with its padding and all new ones, is longer than a static "
+    model = make_model("rwkv4")
+    for overflow in ("window", "shift"):
+        options = {"cache_implementation": "static", "context_overflow": overflow}
+        with pytest.raises(ValueError, match=message + "cache of 24 can keep: ask for fewer"):
+            generate(model, draw_ids(1, 20), 5, **options)
+    model = make_model("rope")
+    cache = I3StaticCache(model.config, 20, model.device)
+    with pytest.raises(ValueError, match=message + "cache of 20 can keep"):
+        model.generate(draw_ids(1, 20), max_new_tokens=5, cache=cache)
+    with pytest.raises(ValueError, match=r"^masks that were made before need position_ids"):
+        model.model(draw_ids(1, 2), attention_mask={})
+
+
+@every_kind
+def test_a_text_past_the_context_is_refused_or_needs_no_room(kind: str):
+    model, prompt = make_model(kind), draw_ids(1, 20)
+    if kind in LIMITED:
+        with pytest.raises(ValueError, match=r"^a text of 120 tokens"):
+            generate(model, prompt, 100, cache_implementation="static")
+        return
+    output = generate(model, prompt, 100, cache_implementation="static")
+    assert torch.equal(output, continue_by_hand(model, prompt, 100))
