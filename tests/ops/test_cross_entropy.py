@@ -167,6 +167,24 @@ def test_only_wanted_gradients_are_computed():
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_many_rows_where_products_are_those_of_tiles(pieces: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("i3lm.ops.cross_entropy.has_tiles", lambda: True)
+    monkeypatch.setattr("i3lm.ops.cross_entropy.MANY_ROWS", 20)
+    N, C, V = 70, 33, 150
+    tensors, labels = draw(N, C, V, has_bias=True)
+    wanted = [x.float().requires_grad_() for x in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(wanted, labels, piece_bytes=2 * V * N // pieces)
+    exact = [x.bfloat16().double().requires_grad_() for x in tensors]
+    expected = plain_loss(exact, labels)
+    torch.testing.assert_close(loss.double(), expected, rtol=3e-3, atol=3e-3)
+    gradients = torch.autograd.grad(loss, wanted)
+    for got, exactly in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
+        largest = exactly.abs().max().item()
+        torch.testing.assert_close(got.double(), exactly, rtol=0, atol=2e-2 * largest)
+
+
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_large_tensors_go_when_they_have_served(pieces: int, monkeypatch: pytest.MonkeyPatch):
     """The logits of a piece before those of the next; the matrix's copy before its gradient."""

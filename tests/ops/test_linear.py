@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from i3lm.ops import linear
 from i3lm.ops.dispatch import processor_vendor, use_implementation
-from i3lm.ops.linear import FEW_ROWS, LINEAR, _has_tiles
+from i3lm.ops.linear import FEW_ROWS, LINEAR, has_tiles
 from i3lm.ops.linear.numba import few_rows
-from i3lm.ops.linear.numba_transpose import transpose
+from i3lm.ops.linear.numba_transpose import narrow_and_transpose, transpose
 from tests.ops.drawing import make_generator
 
 NAMES = [
@@ -90,12 +90,12 @@ def test_autocast_and_low_precision_keep_their_dtype():
 # oneDNN need not multiply bfloat16 on other processors, as it does to add a bias at the end.
 @pytest.mark.parametrize(
     ("has_tiles", "has_bias"),
-    [(False, False), (False, True), (True, False), *([(True, True)] if _has_tiles() else [])],
+    [(False, False), (False, True), (True, False), *([(True, True)] if has_tiles() else [])],
 )
 def test_products_under_autocast(
     shape: tuple[int, ...], has_tiles: bool, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sys.modules["i3lm.ops.linear"], "_has_tiles", lambda: has_tiles)
+    monkeypatch.setattr(sys.modules["i3lm.ops.linear"], "has_tiles", lambda: has_tiles)
     *before, inner, outer = shape
     generator = make_generator(*shape, has_bias)
     shapes = [(*before, inner), (outer, inner), *([(outer,)] if has_bias else [])]
@@ -120,7 +120,7 @@ def test_products_under_autocast(
 
 @pytest.mark.parametrize("has_tiles", [False, True])
 def test_a_gradient_may_stay_narrow(has_tiles: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys.modules["i3lm.ops.linear"], "_has_tiles", lambda: has_tiles)
+    monkeypatch.setattr(sys.modules["i3lm.ops.linear"], "has_tiles", lambda: has_tiles)
     x, weight = torch.randn(6, 4), torch.nn.Parameter(torch.randn(3, 4))
     kept = []
     for dtype in (torch.float32, None):
@@ -152,6 +152,16 @@ def test_transpose_of_a_transpose_and_of_nan():
     turned, sums = transpose(x, wants_sums=True)
     assert torch.equal(turned.view(torch.int16), x.T.contiguous().view(torch.int16))
     assert sums.isnan().nonzero().tolist() == [[5]]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(rows=st.integers(0, 140), columns=st.integers(0, 140))
+def test_a_narrow_copy_and_its_transpose_of_any_shape(rows: int, columns: int):
+    x = torch.randn(rows, columns, generator=make_generator(rows, columns))
+    narrow, turned = narrow_and_transpose(x)
+    assert torch.equal(narrow, x.bfloat16())
+    assert turned.shape == (columns, rows)
+    assert torch.equal(turned, narrow.T)
 
 
 def test_is_exact_where_float32_is_promised():

@@ -18,12 +18,14 @@ from i3lm.ops.dispatch import (
     numba_refuses_bits,
     product_dtype,
 )
-from i3lm.ops.linear import FEW_ROWS, linear
+from i3lm.ops.linear import FEW_ROWS, has_tiles, linear
 
 # Logits that exist at one time, in bytes: large pieces make efficient matrix products.
 PIECE_BYTES = 96 * 2**20
 # Logits at one time where they are computed twice, and the fewest columns of them.
 SMALL_PIECE, FEWEST_COLUMNS = 2**22, 128
+# Rows of a piece from which on a transposed copy of the matrix is worth its writing.
+MANY_ROWS = 512
 
 
 def _numba(*inputs: Any) -> tuple[Tensor, ...]:
@@ -137,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kernel = SOFTMAX_LOSS.choose(hidden.device, dtype, name).implementation
         softmax_loss = kernel.forward
         with full_precision(hidden.device):
-            narrow = weight.to(dtype)
+            narrow, turned = _narrowed(weight, dtype, kernel, rows if wants_hidden else 0)
             offset = None if bias is None else bias.to(precise)
             for start in range(0, hidden.shape[0], rows):
                 piece = slice(start, start + rows)
@@ -156,9 +158,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += losses.masked_fill(~counts, 0).sum() * scale
                 # From here on, `logits` holds its own gradient.
                 if grad_hidden is not None:
-                    grad_hidden[piece] = linear(logits, narrow.T)
+                    grad_hidden[piece] = _hidden_gradient(logits, narrow, turned)
                 if start + rows >= hidden.shape[0]:
-                    del narrow  # its memory serves the gradient
+                    del narrow, turned  # their memory serves the gradient
                 if wants_weight:
                     part = linear(logits.T, x.T)
                     grad_weight = part.to(summed) if grad_weight is None else grad_weight.add_(part)
@@ -180,14 +182,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*_scaled(ctx, grad_loss), None, None, None, None, None)
 
 
+def _narrowed(
+    weight: Tensor, dtype: torch.dtype, kernel: Implementation, rows: int
+) -> tuple[Tensor, Tensor | None]:
+    """The head's matrix (V, C) in the dtype of products; and transposed, (C, V), where that pays.
+
+    oneDNN multiplies tiles of bfloat16 (AMX) by a matrix that lies transposed at half speed, and
+    the product for the gradients of hidden states is such (benchmarks/NOTES.md).
+    """
+    pays = kernel.name == "numba" and rows >= MANY_ROWS and has_tiles()
+    if not pays or (weight.dtype, dtype) != (torch.float32, torch.bfloat16) or not _plain(weight):
+        return weight.to(dtype), None
+    from i3lm.ops.linear.numba_transpose import narrow_and_transpose
+
+    return narrow_and_transpose(weight)
+
+
+def _hidden_gradient(grad: Tensor, weight: Tensor, turned: Tensor | None) -> Tensor:
+    """The gradient (R, C) of hidden states, from that of the logits (R, V)."""
+    if turned is None:
+        return linear(grad, weight.T)
+    from i3lm.ops.linear.numba_transpose import transpose
+
+    return transpose(torch.mm(turned, grad.T), wants_sums=False)[0]
+
+
+def _plain(weight: Tensor) -> bool:
+    return type(weight) in (Tensor, torch.nn.Parameter)  # others are quantised
+
+
 def _logits(x: Tensor, weight: Tensor, kernel: Implementation) -> Tensor:
     """The logits of some rows, (R, V), as the kernel of the loss reads them best.
 
     Numba's has all rows of a token together. oneDNN gives them so in half the time where R is much
     smaller than V, and takes half the time for the gradient of the matrix (benchmarks/NOTES.md).
     """
-    plain = type(weight) in (Tensor, torch.nn.Parameter)  # others, quantised ones, come second
-    if kernel.name != "numba" or not plain or x.shape[0] <= FEW_ROWS:
+    if kernel.name != "numba" or not _plain(weight) or x.shape[0] <= FEW_ROWS:
         return linear(x, weight)
     return linear(weight, x).T
 

@@ -113,7 +113,7 @@ class _Narrowed(torch.autograd.Function):
 
 
 @functools.cache
-def _has_tiles() -> bool:
+def has_tiles() -> bool:
     """Whether the processor multiplies tiles of bfloat16 (AMX), and PyTorch has oneDNN for it."""
     return _has_onednn() and bool(torch.cpu._is_amx_tile_supported())
 
@@ -129,7 +129,7 @@ def _narrow_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     thousand rows and K is large. And PyTorch would have the product added to a bias that it wrote
     everywhere before; oneDNN adds one at the end (benchmarks/NOTES.md).
     """
-    if x.dtype != torch.bfloat16 or not _has_tiles():
+    if x.dtype != torch.bfloat16 or not has_tiles():
         return F.linear(x, weight, bias)
     (rows, inner), columns = x.shape, weight.shape[0]
     is_slow = rows in _SLOW_ROWS and _PIECE < columns <= 3 * _PIECE and inner >= 2 * columns
@@ -147,7 +147,7 @@ def _turn(grad: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor | None]:
 
     With tiles, oneDNN multiplies a transposed bfloat16 matrix at half speed: it is written down.
     """
-    bits = _has_tiles() and grad.dtype == torch.bfloat16
+    bits = has_tiles() and grad.dtype == torch.bfloat16
     if not bits or numba_refuses_bits(grad.device, grad.dtype):
         return grad.T, grad.sum(dim=0) if wants_sums else None
     from i3lm.ops.linear.numba_transpose import transpose

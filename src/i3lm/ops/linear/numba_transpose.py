@@ -19,6 +19,7 @@ from torch import Tensor
 from i3lm.ops.numba_bridge import (
     as_arrays,
     compiled,
+    copy,
     match_threads,
     serial_as_written,
     targets,
@@ -97,6 +98,22 @@ def _transpose(x, result, sums):
             sums[low:high] = total[: high - low]
 
 
+@compiled()
+def _narrow_and_transpose(x, narrow, result):
+    R, N = x.shape
+    for strip in prange((R + _SIDE - 1) // _SIDE):
+        low = strip * _SIDE
+        high = min(low + _SIDE, R)
+        for r in range(low, high):
+            copy(narrow[r], x[r])
+        whole = N - N % _SIDE if high - low == _SIDE else 0
+        for n in range(0, whole, _SIDE):
+            _turn(result, narrow, n, low)
+        for n in range(whole, N):
+            for r in range(low, high):
+                result[n, r] = narrow[r, n]
+
+
 def transpose(x: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor | None]:
     """Gives the transpose of a bfloat16 matrix (R, N), and the sums of its columns or None.
 
@@ -108,3 +125,17 @@ def transpose(x: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor | None]:
     match_threads()
     _transpose(*as_arrays(x), *targets(result, sums))
     return result, sums if wants_sums else None
+
+
+def narrow_and_transpose(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives a float32 matrix (R, N) in bfloat16, and the transpose of that.
+
+    Returns:
+        Shape (R, N), contiguous; and shape (N, R), whose rows begin at lines of the cache.
+    """
+    R, N = x.shape
+    narrow = x.new_empty(R, N, dtype=torch.bfloat16)
+    result = narrow.new_empty(N, -(-R // _SIDE) * _SIDE)
+    match_threads()
+    _narrow_and_transpose(*as_arrays(x), *targets(narrow, result))
+    return narrow, result[:, :R]
