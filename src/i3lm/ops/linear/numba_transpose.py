@@ -20,6 +20,7 @@ from i3lm.ops.numba_bridge import (
     as_arrays,
     compiled,
     copy,
+    fetch,
     match_threads,
     serial_as_written,
     targets,
@@ -105,6 +106,8 @@ def _narrow_and_transpose(x, narrow, result):
         low = strip * _SIDE
         high = min(low + _SIDE, R)
         for r in range(low, high):
+            if r + _SIDE < R:
+                fetch(x[r + _SIDE])
             copy(narrow[r], x[r])
         whole = N - N % _SIDE if high - low == _SIDE else 0
         for n in range(0, whole, _SIDE):
