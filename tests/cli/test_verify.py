@@ -41,7 +41,7 @@ def test_a_converted_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_a_broken_model_ends_in_status_1(
     tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(modeling_i3.I3Model, "_padding_mask", lambda *arguments: None)
+    monkeypatch.setattr(modeling_i3, "padding_mask", lambda *arguments: None)
     assert main(["verify", str(tiny_run), "--device", "cpu"]) == 1
     captured = capsys.readouterr()
     assert re.search(r"left pad = none +\d.* FAILS", captured.out)

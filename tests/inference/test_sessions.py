@@ -67,6 +67,13 @@ def assert_bitwise_equal(
 # What a turn computes
 
 
+def test_a_checkpoint_that_asks_for_another_cache():
+    generator = make_generator()
+    expected = talk(generator, "the fox", "the dog")
+    generator.model.generation_config.cache_implementation = "static"
+    assert talk(generator, "the fox", "the dog").tokens == expected.tokens
+
+
 @every_kind
 def test_a_turn_is_what_one_pass_over_all_tokens_gives(kind: str):
     generator = make_generator(kind)

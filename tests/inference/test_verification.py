@@ -98,7 +98,7 @@ def test_a_state_that_is_lost(slot: int, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_padding_that_changes_the_state(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(modeling_i3.I3Model, "_padding_mask", lambda *arguments: None)
+    monkeypatch.setattr(modeling_i3, "padding_mask", lambda *arguments: None)
     assert failures(make_model("rwkv4")) == {"left pad = none"}
 
 

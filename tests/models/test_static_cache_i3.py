@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo import lookup_backend
 from transformers import CompileConfig
 
+from i3lm.models.i3 import I3ForCausalLM
 from i3lm.models.i3.cache_i3 import I3StaticCache
 from tests.models.test_generation_i3 import continue_by_hand, every_kind, generate
 from tests.models.tiny_i3 import LIMITED, draw_ids, make_model
@@ -20,24 +22,52 @@ def test_greedy_text_is_that_of_full_passes(kind: str, prompt_length: int):
     assert torch.equal(output, continue_by_hand(model, prompt, 15))
 
 
-@every_kind
-def test_all_modes_give_what_they_give_with_a_growing_cache(kind: str):
-    model, ids = make_model(kind), draw_ids(3, 9)
-    mask = (torch.arange(9) >= torch.tensor([[0], [3], [8]])).long()
+MODES = {
+    "greedy": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "several": {"do_sample": True, "top_k": 1, "num_return_sequences": 2},
+    "chunks": {"prefill_chunk_size": 4},
+    "single tokens": {"prefill_chunk_size": 1},
+}
+
+
+def check_modes(model: I3ForCausalLM, ids: Tensor, mask: Tensor, new: int) -> None:
+    """Holds what all modes give with a static cache against what they give with a growing one."""
     ids = torch.where(mask.bool(), ids, 0)
-    for options in (
-        {},
-        {"num_beams": 3, "num_return_sequences": 2},
-        {"do_sample": True, "top_k": 1, "num_return_sequences": 2},
-        {"prefill_chunk_size": 4},
-    ):
+    for mode, options in MODES.items():
         static, growing = (
             generate(
-                model, ids, 12, attention_mask=mask, cache_implementation=implementation, **options
+                model, ids, new, attention_mask=mask, cache_implementation=implementation, **options
             )
             for implementation in ("static", None)
         )
-        assert torch.equal(static, growing), options
+        assert torch.equal(static, growing), mode
+
+
+@every_kind
+def test_all_modes_give_what_they_give_with_a_growing_cache(kind: str):
+    mask = (torch.arange(9) >= torch.tensor([[0], [3], [8]])).long()
+    check_modes(make_model(kind), draw_ids(3, 9), mask, 12)
+    check_modes(make_model(kind), draw_ids(3, 9), torch.ones_like(mask), 12)
+    # Of one column, and in the second row that is padding.
+    check_modes(make_model(kind), draw_ids(2, 1), torch.tensor([[1], [0]]), 12)
+
+
+@pytest.mark.parametrize("window", [9, 20, 70, 300])
+@pytest.mark.parametrize("kind", ["sliding", "sliding rope", "sliding none"])
+def test_windows_of_all_sizes(kind: str, window: int):
+    """Shorter than the prompt, than the text, than the usual room, and wider than it."""
+    model, ids = (
+        make_model(kind, sliding_window=window, max_position_embeddings=100),
+        draw_ids(2, 12),
+    )
+    mask = (torch.arange(12) >= torch.tensor([[0], [3]])).long()
+    for attention_mask in (torch.ones_like(mask), mask):
+        check_modes(model, ids, attention_mask, 80)
+    cache = I3StaticCache(model.config, 100, model.device)
+    with torch.no_grad():
+        parts = [model(part, cache=cache).logits for part in ids.split([6, 1, 5], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits)
 
 
 @every_kind
@@ -51,12 +81,13 @@ def test_a_step_is_compiled_once_for_all_calls(kind: str):
 
     compiling = CompileConfig(fullgraph=True, backend=backend, mode=None)
     compiling._compile_all_devices = True  # by itself `generate` compiles on accelerators only
-    for length in (5, 9):
+    for length, chunk in ((5, None), (9, None), (9, 4)):
         prompt = draw_ids(2, length)
         mask = (torch.arange(length) >= torch.tensor([[0], [length - 3]])).long()
         for attention_mask in (torch.ones_like(prompt), mask):
+            asked = {"attention_mask": attention_mask, "prefill_chunk_size": chunk}
             static, growing = (
-                generate(model, prompt, 12, attention_mask=attention_mask, **options)
+                generate(model, prompt, 12, **asked, **options)
                 for options in (
                     {"cache_implementation": "static", "compile_config": compiling},
                     {},
@@ -110,10 +141,15 @@ def test_what_does_not_fit_is_refused():
         options = {"cache_implementation": "static", "context_overflow": overflow}
         with pytest.raises(ValueError, match=message + "cache of 24 can keep: ask for fewer"):
             generate(model, draw_ids(1, 20), 5, **options)
-    model = make_model("rope")
-    cache = I3StaticCache(model.config, 20, model.device)
-    with pytest.raises(ValueError, match=message + "cache of 20 can keep"):
-        model.generate(draw_ids(1, 20), max_new_tokens=5, cache=cache)
+    wide = make_model("sliding rope", sliding_window=21)
+    for model, room, limit in (
+        (make_model("rope"), 20, 20),
+        (make_model("rwkv4"), 100, 24),
+        (wide, 20, 20),
+    ):
+        cache = I3StaticCache(model.config, room, model.device)
+        with pytest.raises(ValueError, match=message + f"cache of {limit} can keep"):
+            model.generate(draw_ids(1, 20), max_new_tokens=5, cache=cache)
     with pytest.raises(ValueError, match=r"^masks that were made before need position_ids"):
         model.model(draw_ids(1, 2), attention_mask={})
 

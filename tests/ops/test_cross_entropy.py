@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from i3lm.ops import linear, linear_cross_entropy
 from i3lm.ops.cross_entropy import SOFTMAX_LOSS, _logits
 from i3lm.ops.dispatch import Implementation, use_implementation
+from i3lm.ops.linear.numba_transpose import narrow_and_transpose
 from tests.ops.drawing import make_generator
 
 NAMES = SOFTMAX_LOSS.names
@@ -171,6 +172,14 @@ def test_only_wanted_gradients_are_computed():
 def test_many_rows_where_products_are_those_of_tiles(pieces: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("i3lm.ops.cross_entropy.has_tiles", lambda: True)
     monkeypatch.setattr("i3lm.ops.cross_entropy.MANY_ROWS", 20)
+    turned = []
+
+    def watched(weight: Tensor) -> tuple[Tensor, Tensor]:
+        turned.append(weight.shape)
+        return narrow_and_transpose(weight)
+
+    module = sys.modules["i3lm.ops.linear.numba_transpose"]
+    monkeypatch.setattr(module, "narrow_and_transpose", watched)
     N, C, V = 70, 33, 150
     tensors, labels = draw(N, C, V, has_bias=True)
     wanted = [x.float().requires_grad_() for x in tensors]
@@ -183,6 +192,7 @@ def test_many_rows_where_products_are_those_of_tiles(pieces: int, monkeypatch: p
     for got, exactly in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
         largest = exactly.abs().max().item()
         torch.testing.assert_close(got.double(), exactly, rtol=0, atol=2e-2 * largest)
+    assert turned == [(V, C)]
 
 
 @pytest.mark.parametrize("pieces", [1, 3])

@@ -77,7 +77,11 @@ def assert_same_run(run: Path, reference: Path) -> None:
         weights, wanted_weights = (
             load_file(folder / name / "model.safetensors") for folder in (run, reference)
         )
-        assert weights.keys() == wanted_weights.keys()
+        forms, wanted_forms = (
+            {key: (weight.shape, weight.dtype) for key, weight in each.items()}
+            for each in (weights, wanted_weights)
+        )
+        assert forms == wanted_forms
         differences = [(weights[key] - wanted_weights[key]).flatten() for key in weights]
         assert torch.cat(differences).square().mean().sqrt() < WEIGHTS_DIFFER
 

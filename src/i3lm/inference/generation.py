@@ -208,6 +208,8 @@ class TextGenerator:
         inputs = torch.tensor([ids], device=self.model.device)
         settings = options.generation_config(self.tokenizer)
         settings.return_dict_in_generate = True
+        if isinstance(self.model.config, I3Config):
+            settings.cache_implementation = "dynamic"  # whatever the checkpoint asks for
         was_training = self.model.training
         self.model.eval()
         try:

@@ -185,8 +185,8 @@ class I3Cache(KnowsLength, DynamicCache):
 class I3StaticCache(KnowsLength, StaticCache):
     """The states, and keys and values with room for a number of tokens from the beginning on.
 
-    All of its tensors keep their size and place, so that a step of decoding can be compiled once
-    and its kernels launched as one CUDA graph.
+    All of its tensors keep their size and, from one step to the next, their place, so that a step
+    of decoding can be compiled and its kernels launched as one CUDA graph.
 
     Args:
         config: The model's configuration.
@@ -200,9 +200,11 @@ class I3StaticCache(KnowsLength, StaticCache):
         seen = torch.zeros((), dtype=torch.int64, device=device)
         torch._dynamo.mark_static_address(seen)
         self._has_attention, self._seen_tokens = has_attention(config), seen
-        limited = {"full_attention", "hybrid"} & set(config.layer_types or ())
-        positions_end = config.position_limit is not None
-        self._room = max_cache_len if limited or positions_end else None
+        kinds, window = config.layer_types or (), config.sliding_window or 0
+        keeps_all = "full_attention" in kinds or "hybrid" in kinds or window > max_cache_len
+        ends = [max_cache_len] if keeps_all else []
+        ends += [] if config.position_limit is None else [config.position_limit]
+        self._room = min(ends, default=None)
 
     def check_room(self, length: int) -> None:
         """Raises a ValueError where a text of so many tokens is too long."""

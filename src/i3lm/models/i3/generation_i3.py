@@ -60,7 +60,8 @@ class I3GenerationMixin(GenerationMixin):
     - ``shift``: when the context is full, drop its oldest half, read the rest once more, and
       decode on with the cache.
 
-    Without learned positions there is no end, and the setting is not looked at.
+    Without learned positions there is no end, and the setting is not looked at. A static cache
+    (``cache_implementation``) keeps one context: what goes past it is refused.
     """
 
     config: I3Config
@@ -105,24 +106,27 @@ class I3GenerationMixin(GenerationMixin):
         length = model_kwargs["position_ids"].shape[1] + generation_config._new_tokens
         if generation_config.use_cache and model_kwargs.get("cache") is None:
             if asked == "static":
-                room = self._static_room(max(length, generation_config.max_cache_len or 0))
+                room = self._static_room(length, generation_config.max_cache_len)
                 model_kwargs["cache"] = I3StaticCache(self.config, room, self.device)
             else:
                 model_kwargs["cache"] = I3Cache(self.config)
             generation_config.cache_implementation = None
+        elif asked == "dynamic":
+            generation_config.cache_implementation = None  # the cache that was given is it
         if isinstance(model_kwargs.get("cache"), I3StaticCache):
             model_kwargs["cache"].check_room(length)
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )
 
-    def _static_room(self, length: int) -> int:
+    def _static_room(self, length: int, least: int | None) -> int:
         """The tokens that a static cache has room for, so that most calls agree in it.
 
         That is the context where there is one, and else a power of two: what was compiled for
         one size serves no other.
         """
-        return self.config.position_limit or max(64, 1 << (length - 1).bit_length())
+        wanted = max(length, least or 0, self.config.sliding_window or 0, 64)
+        return self.config.position_limit or 1 << (wanted - 1).bit_length()
 
     @staticmethod
     def create_masks_for_generate(
@@ -130,6 +134,7 @@ class I3GenerationMixin(GenerationMixin):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         cache: Cache | None,
+        is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Tensor | None]:
         """What tokens may see and which are padding, for steps that are compiled.
@@ -137,11 +142,11 @@ class I3GenerationMixin(GenerationMixin):
         Returns:
             What `causal_masks` gives, and as ``linear_attention`` what `padding_mask` does.
         """
-        T = inputs_embeds.shape[1]
+        T, is_prompt = inputs_embeds.shape[1], bool(is_first_iteration)
         return {
             **causal_masks(config, inputs_embeds, attention_mask, cache),
-            # The one token of a step is never padding.
-            "linear_attention": padding_mask(attention_mask, T) if T > 1 else None,
+            # A token that was just drawn is no padding; one of a prompt may be.
+            "linear_attention": padding_mask(attention_mask, T) if T > 1 or is_prompt else None,
         }
 
     def _prefill(
@@ -154,9 +159,11 @@ class I3GenerationMixin(GenerationMixin):
                     "only: leave it out with inputs_embeds"
                 )
             limit = self.config.position_limit
+            # The cache is filled for the first time: its tensors belong to no graph.
+            generation_config = copy.copy(generation_config)
+            generation_config.disable_compile = True
             if limit is not None and model_kwargs["position_ids"].shape[1] > limit:
                 # What is read past the context is no more than the context, at once.
-                generation_config = copy.copy(generation_config)
                 generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 

@@ -21,7 +21,9 @@ def causal_masks(
     cache: Cache | None,
     starts: Tensor | None = None,
 ) -> dict[str, Tensor | None]:
-    """What each token may see, (B, 1, T, S), by type of attention; None is the causal rule.
+    """What each token may see, (B, 1, T, S), by type of attention; None is the causal rule alone.
+
+    The rule alone holds for T > 1 tokens where the cache is empty, even if it has room for more.
 
     Args:
         config: The model's configuration.
@@ -46,8 +48,7 @@ def causal_masks(
     if "sliding_attention" in kinds:
         masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
     if kinds - {"sliding_attention"}:
-        rule_alone = not holds_room
-        masks["full_attention"] = create_causal_mask(**arguments, allow_is_causal_skip=rule_alone)
+        masks["full_attention"] = create_causal_mask(**arguments)
     return masks
 
 

@@ -28,7 +28,7 @@ from i3lm.layers import (
     TimeMix,
     parameter_groups,
 )
-from i3lm.layers.attention import Rotation
+from i3lm.layers.attention import KeyValueStore, Rotation
 from i3lm.layers.decoding_step import DecodingStep, Pieces, Plan, Stretch
 from i3lm.layers.time_mix import TimeMixState
 from i3lm.models.i3.cache_i3 import (
@@ -119,7 +119,7 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         x = hidden_states
         store = None
         if cache is not None:
-            store = partial(cache.update, layer_idx=self.layer_idx)
+            store = self._store(cache, alone=causal_mask is None and x.shape[1] > 1)
         # Gradient checkpointing takes the cache away, and leaves the carried states.
         states = cache if carried_row is None else carried_row
         marks = {"reset": reset, "mask": padding_mask}
@@ -132,6 +132,19 @@ class I3DecoderLayer(GradientCheckpointingLayer):
         if self.layer_type == "hybrid":
             x = x + self.attention(self.attention_norm(x), **seen)
         return x + self._feed_forward(self.feed_forward_norm(x), marks, states)
+
+    def _store(self, cache: Cache, *, alone: bool) -> KeyValueStore:
+        """Keeps keys and values in the cache; `alone` where the causal rule says what is seen."""
+        update = partial(cache.update, layer_idx=self.layer_idx)
+        if not alone or not cache.is_compileable:
+            return update
+
+        def store(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            # The cache was empty, and what lies behind the new tokens is room.
+            keys, values = update(key, value)
+            return keys[:, :, : key.shape[2]], values[:, :, : key.shape[2]]
+
+        return store
 
     def _recur(self, x: Tensor, marks: _Marks, states: Cache | CarriedRow | None) -> Tensor:
         state: Any = read_state(states, self.layer_idx, RECURRENCE)

@@ -1,4 +1,4 @@
-"""The transpose of a bfloat16 matrix on the CPU, square tile by square tile in registers.
+"""The transpose of a matrix in bfloat16 on the CPU, square tile by square tile in registers.
 
 numba takes bfloat16 as its bits, and a tile is 32 vectors of 32 of them: five rounds of shuffles
 of pairs of vectors turn it (each exchanges blocks of half the side of the round before).
