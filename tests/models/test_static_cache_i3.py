@@ -70,6 +70,15 @@ def test_windows_of_all_sizes(kind: str, window: int):
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["sliding rope", "sliding none"])
+def test_a_cache_has_room_for_a_window_at_least(kind: str):
+    model, ids = make_model(kind, sliding_window=21), draw_ids(1, 60)
+    cache = I3StaticCache(model.config, 8, model.device)
+    with torch.no_grad():
+        parts = [model(token, cache=cache).logits for token in ids.split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits)
+
+
 @every_kind
 def test_a_step_is_compiled_once_for_all_calls(kind: str):
     torch._dynamo.reset()
@@ -99,8 +108,26 @@ def test_a_step_is_compiled_once_for_all_calls(kind: str):
 
 
 @every_kind
-def test_a_cache_carries_a_conversation_on(kind: str):
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_a_loop_of_ones_own_is_compiled_whole(kind: str, with_positions: bool):
+    torch._dynamo.reset()
+    model, ids = make_model(kind), draw_ids(2, 8)
+    cache = I3StaticCache(model.config, 24, model.device)
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        parts = [model(ids[:, :3], cache=cache).logits]
+        for t in range(3, 8):
+            positions = {"position_ids": torch.tensor([[t]])} if with_positions else {}
+            parts.append(step(ids[:, t : t + 1], cache=cache, **positions).logits)
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits)
+
+
+@every_kind
+@pytest.mark.parametrize("asks_always", [False, True])
+def test_a_cache_carries_a_conversation_on(kind: str, asks_always: bool):
     model, prompt = make_model(kind), draw_ids(1, 5)
+    if asks_always:
+        model.generation_config.cache_implementation = "static"
     settings = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     first = model.generate(
         prompt,
@@ -141,12 +168,8 @@ def test_what_does_not_fit_is_refused():
         options = {"cache_implementation": "static", "context_overflow": overflow}
         with pytest.raises(ValueError, match=message + "cache of 24 can keep: ask for fewer"):
             generate(model, draw_ids(1, 20), 5, **options)
-    wide = make_model("sliding rope", sliding_window=21)
-    for model, room, limit in (
-        (make_model("rope"), 20, 20),
-        (make_model("rwkv4"), 100, 24),
-        (wide, 20, 20),
-    ):
+    for kind, room, limit in (("rope", 20, 20), ("rwkv4", 100, 24)):
+        model = make_model(kind)
         cache = I3StaticCache(model.config, room, model.device)
         with pytest.raises(ValueError, match=message + f"cache of {limit} can keep"):
             model.generate(draw_ids(1, 20), max_new_tokens=5, cache=cache)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import (
+    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
 )
 
 from i3lm.errors import CheckpointError
@@ -155,7 +157,13 @@ class KnowsLength(Cache):
         `generate` takes a cache that is recurrent throughout for one that does not know its
         length, and would read again what this one has read.
         """
-        return super().is_linear if self._has_attention else [False] * len(self.layers)
+        # Not what the class above gives: a property of `super` stops torch.compile.
+        return [
+            self._has_attention
+            and isinstance(layer, LinearAttentionCacheLayerMixin)
+            and not isinstance(layer, CacheLayerMixin)
+            for layer in self.layers
+        ]
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -190,20 +198,22 @@ class I3StaticCache(KnowsLength, StaticCache):
 
     Args:
         config: The model's configuration.
-        max_cache_len: The tokens that there is room for.
+        max_cache_len: The tokens that there is room for, at least a sliding window's.
         device: Where the model is.
     """
 
     def __init__(self, config: I3Config, max_cache_len: int, device: torch.device) -> None:
+        limit, window = config.position_limit, config.sliding_window or 0
+        # A layer with a window would forget what does not fit, and see less than its window.
+        max_cache_len = max(max_cache_len, window if limit is None else min(window, limit))
         super().__init__(config=config, max_cache_len=max_cache_len)
         # A tensor: every other number would be compiled anew.
         seen = torch.zeros((), dtype=torch.int64, device=device)
         torch._dynamo.mark_static_address(seen)
         self._has_attention, self._seen_tokens = has_attention(config), seen
-        kinds, window = config.layer_types or (), config.sliding_window or 0
-        keeps_all = "full_attention" in kinds or "hybrid" in kinds or window > max_cache_len
+        keeps_all = {"full_attention", "hybrid"} & set(config.layer_types or ())
         ends = [max_cache_len] if keeps_all else []
-        ends += [] if config.position_limit is None else [config.position_limit]
+        ends += [] if limit is None else [limit]
         self._room = min(ends, default=None)
 
     def check_room(self, length: int) -> None:

@@ -110,11 +110,11 @@ class I3GenerationMixin(GenerationMixin):
                 model_kwargs["cache"] = I3StaticCache(self.config, room, self.device)
             else:
                 model_kwargs["cache"] = I3Cache(self.config)
-            generation_config.cache_implementation = None
-        elif asked == "dynamic":
-            generation_config.cache_implementation = None  # the cache that was given is it
-        if isinstance(model_kwargs.get("cache"), I3StaticCache):
-            model_kwargs["cache"].check_room(length)
+        cache = model_kwargs.get("cache")
+        if asked == "dynamic" or (asked == "static" and isinstance(cache, I3StaticCache)):
+            generation_config.cache_implementation = None  # what was made or given is it
+        if isinstance(cache, I3StaticCache):
+            cache.check_room(length)
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )
@@ -125,7 +125,7 @@ class I3GenerationMixin(GenerationMixin):
         That is the context where there is one, and else a power of two: what was compiled for
         one size serves no other.
         """
-        wanted = max(length, least or 0, self.config.sliding_window or 0, 64)
+        wanted = max(length, least or 0, 64)
         return self.config.position_limit or 1 << (wanted - 1).bit_length()
 
     @staticmethod

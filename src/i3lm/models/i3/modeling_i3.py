@@ -408,8 +408,10 @@ class I3Model(I3PreTrainedModel):
                 f"to {self.config.vocab_size - 1}; the tokenizer does not fit this model"
             )
 
-    def _check_length(self, length: int, position_ids: Tensor) -> None:
+    def _check_length(self, length: int | Tensor, position_ids: Tensor) -> None:
         limit = self.config.position_limit
+        if isinstance(length, Tensor) and torch.compiler.is_compiling():
+            return  # a static cache counts by a tensor, and a graph does not branch on its number
         if limit is None or length <= limit:
             return
         length = int(position_ids.max()) + 1  # padding takes no position, and documents restart
