@@ -39,7 +39,12 @@ from i3lm.ops.speed import measure_matmul_flops
 from i3lm.planning import count_parameters, training_flops_per_token
 from i3lm.presets import load_preset
 from i3lm.training.gradient_checkpointing import checkpoint_gradients
-from i3lm.training.optimizers import OnePassAdamW, leave_gradients_small, make_optimizer
+from i3lm.training.optimizers import (
+    STATE_DTYPES,
+    OnePassAdamW,
+    leave_gradients_small,
+    make_optimizer,
+)
 
 
 class Step:
@@ -268,7 +273,7 @@ def main() -> int:
         "--gradient-checkpointing", action="store_true", help="ours keeps layer inputs alone"
     )
     parser.add_argument(
-        "--optimizer-state", choices=("fp32", "bf16"), default="fp32",
+        "--optimizer-state", choices=tuple(STATE_DTYPES), default="fp32",
         help="what ours keeps the averages of AdamW in",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5)

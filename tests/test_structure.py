@@ -34,9 +34,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 # library's own, imported only where that library is wanted.
 PLAIN = {"torch", "i3lm.ops", "i3lm.layers"}
 SPECIAL = {
+    "amx": {"numba", "numpy"},
+    "amx_bridge": {"llvmlite", "numba"},
     "numba": {"numba", "numpy"},
     "numba_bridge": {"llvmlite", "numba", "numpy"},
     "numba_cache": {"numba"},
+    "numba_float8": {"numba", "numpy"},
     "numba_table": {"numba", "numpy"},
     "numba_transpose": {"llvmlite", "numba", "numpy"},
     "triton": {"triton"},

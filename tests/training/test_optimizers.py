@@ -18,6 +18,7 @@ from i3lm.cli import main
 from i3lm.errors import ConfigurationError
 from i3lm.presets import make_config
 from i3lm.training.optimizers import (
+    STATE_DTYPES,
     MuonWithAdamW,
     OnePassAdamW,
     leave_gradients_small,
@@ -190,6 +191,31 @@ def test_adamw_in_one_pass_is_clipping_and_adamw():
     ours.load_state_dict(theirs.state_dict())
 
 
+@pytest.mark.parametrize("before", STATE_DTYPES.values(), ids=str)
+@pytest.mark.parametrize("after", STATE_DTYPES.values(), ids=str)
+def test_one_pass_takes_averages_of_any_kind(before: torch.dtype, after: torch.dtype):
+    """As near as the narrower of the two; of the same kind bit for bit."""
+    parameter = nn.Parameter(torch.randn(37, 11, generator=torch.Generator().manual_seed(0)))
+    one, other, wide = (
+        OnePassAdamW([parameter], dtype) for dtype in (before, after, torch.float32)
+    )
+    for _ in range(2):
+        parameter.grad = torch.randn(37, 11, generator=torch.Generator().manual_seed(1))
+        one.step()
+    other.load_state_dict(one.state_dict())
+    wide.load_state_dict(other.state_dict())
+    direct = OnePassAdamW([parameter])
+    direct.load_state_dict(one.state_dict())
+    for name in ("exp_avg", "exp_avg_sq"):
+        kept, got = one.state[parameter][name], other.state[parameter][name]
+        assert got.dtype == after
+        assert before != after or got.equal(kept)
+        averages = wide.state[parameter][name], direct.state[parameter][name]
+        assert {x.shape for x in averages} == {parameter.shape}
+        torch.testing.assert_close(*averages, rtol=1 / 16, atol=1e-5)
+    assert direct.state[parameter]["exp_avg_sq"].count_nonzero() == parameter.numel()
+
+
 def test_one_pass_takes_a_sparse_gradient_for_a_dense_one():
     """Bit for bit, over clipped steps whose batches have other ids; it stays sparse."""
     results = []
@@ -317,7 +343,9 @@ def test_under_accelerate_with_a_loss_scaler():
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("chosen", ["optimizer=muon", "optimizer_state=bf16"])
+@pytest.mark.parametrize(
+    "chosen", ["optimizer=muon", "optimizer_state=bf16", "optimizer_state=fp8"]
+)
 def test_a_run_resumes_exactly(chosen: str, tmp_path: Path):
     name, value = chosen.split("=")
     options = [*TINY_TRAINING, f"--training.{name}", value, "--training.max_steps", "12"]
@@ -332,17 +360,17 @@ def test_a_run_resumes_exactly(chosen: str, tmp_path: Path):
     tail = {step: loss for step, loss in losses(straight).items() if step > 5}
     assert losses(run) == tail
     assert losses(straight)[12] < losses(straight)[1] - 0.3
-    if chosen == "optimizer_state=bf16":
+    if name == "optimizer_state":
         state = torch.load(run / "checkpoints" / "checkpoint-12" / "optimizer.pt")["state"]
         kinds = {entry[k].dtype for entry in state.values() for k in ("exp_avg", "exp_avg_sq")}
-        assert kinds == {torch.bfloat16}
+        assert kinds == {STATE_DTYPES[value]}
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"optimizer_state": "int8"}, "(int8) must be one of fp32, bf16"),
-        ({"optimizer_state": "bf16", "optimizer": "muon"}, "goes with training.optimizer adamw"),
+        ({"optimizer_state": "int8"}, "(int8) must be one of fp32, bf16, fp8"),
+        ({"optimizer_state": "fp8", "optimizer": "muon"}, "goes with training.optimizer adamw"),
     ],
 )
 def test_states_that_cannot_be(options: dict[str, str], reason: str):

@@ -25,13 +25,13 @@ class OneDeviceArguments(TrainingArguments):
         asked_device: The device, such as ``cuda:1``. Where a launcher started several processes,
             each has a device of its own, and this is not read.
         optimizer: The name of the optimizer, one of `i3lm.training.options.OPTIMIZERS`.
-        optimizer_state: What AdamW keeps its averages in, ``fp32`` or ``bf16``.
+        optimizer_state: What AdamW keeps its averages in, ``fp32``, ``bf16`` or ``fp8``.
         sharded: Whether the processes share weights, gradients and optimizer states.
     """
 
     asked_device: str = field(default="cpu", metadata={"help": "The one device to use."})
     optimizer: str = field(default="adamw", metadata={"help": "adamw or muon."})
-    optimizer_state: str = field(default="fp32", metadata={"help": "fp32 or bf16."})
+    optimizer_state: str = field(default="fp32", metadata={"help": "fp32, bf16 or fp8."})
     sharded: bool = field(default=False, metadata={"help": "One shard per process (FSDP2)."})
 
     @property

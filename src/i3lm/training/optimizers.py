@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,13 @@ from i3lm.ops.adamw import (
     AdamWSettings,
     adamw_step,
     add_up_rows,
+    average_shape,
     gradient_norm,
 )
+from i3lm.ops.adamw.float8 import NEAREST, decode, encode, records_of
+
+# What averages are kept in; of 8 bits are the records of `i3lm.ops.adamw.float8`.
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
 
 def make_optimizer(
@@ -43,18 +48,18 @@ def make_optimizer(
         betas: AdamW's.
         eps: AdamW's.
         fused: Whether AdamW computes a step in one kernel.
-        state: What AdamW keeps its averages in: ``fp32``, or ``bf16`` for half the memory.
+        state: What AdamW keeps its averages in: ``fp32``, or ``bf16`` or ``fp8`` for a half or a
+            quarter of the memory.
 
     Raises:
-        ConfigurationError: `state` is ``bf16`` where `OnePassAdamW` does not serve.
+        ConfigurationError: `state` is not ``fp32`` where `OnePassAdamW` does not serve.
     """
     groups = model_groups(model, weight_decay)
     adamw: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps, "fused": fused}
     if name == "muon":
         return MuonWithAdamW(groups, learning_rate, adamw)
     if _suit_one_pass([parameter for group in groups for parameter in group["params"]]):
-        kept = torch.bfloat16 if state == "bf16" else torch.float32
-        return OnePassAdamW(groups, kept, lr=learning_rate, betas=betas, eps=eps)
+        return OnePassAdamW(groups, STATE_DTYPES[state], lr=learning_rate, betas=betas, eps=eps)
     if state != "fp32":
         raise ConfigurationError(
             f"training.optimizer_state ({state}) is for weights in float32 on a CPU, where numba "
@@ -116,11 +121,13 @@ class OnePassAdamW(AdamW):
 
     Args:
         groups: Parameter groups.
-        state_dtype: What the averages are kept in, float32 or bfloat16.
+        state_dtype: What the averages are kept in: float32, bfloat16, or uint8 for records of
+            8-bit floats, which `torch.optim.AdamW` cannot read.
         settings: As for `torch.optim.AdamW`.
     """
 
-    _AVERAGES = "exp_avg", "exp_avg_sq"
+    # And whether they have a sign.
+    _AVERAGES: ClassVar = {"exp_avg": True, "exp_avg_sq": False}
 
     def __init__(
         self,
@@ -202,21 +209,33 @@ class OnePassAdamW(AdamW):
         parameters = [p for p in every if not self.state.get(p)]
         if not parameters:
             return
-        line = 32  # numbers, so that each begins at a line of the cache
-        sizes = [-(-p.numel() // line) * line for p in parameters]
+        shapes = [average_shape(p, self.state_dtype) for p in parameters]
+        line = 64  # numbers, so that each begins at a line of the cache
+        sizes = [-(-shape.numel() // line) * line for shape in shapes]
         blocks = [torch.zeros(sum(sizes), dtype=self.state_dtype) for _ in self._AVERAGES]
-        for parameter, *parts in zip(parameters, *(b.split(sizes) for b in blocks), strict=True):
+        parts = zip(*(block.split(sizes) for block in blocks), strict=True)
+        for parameter, shape, pair in zip(parameters, shapes, parts, strict=True):
             state = self.state[parameter]
             state["step"] = torch.tensor(0.0)
-            for name, part in zip(self._AVERAGES, parts, strict=True):
-                state[name] = part[: parameter.numel()].view(parameter.shape)
+            for name, part in zip(self._AVERAGES, pair, strict=True):
+                state[name] = part[: shape.numel()].view(shape)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of another; its averages become `state_dtype`."""
         super().load_state_dict(state_dict)  # which makes all of it the parameters' dtype
-        for state in self.state.values():
-            for name in self._AVERAGES:
-                state[name] = state[name].to(self.state_dtype)
+        for parameter, state in self.state.items():
+            for name, signed in self._AVERAGES.items():
+                state[name] = self._taken(state[name], parameter.shape, signed)
+
+    def _taken(self, average: Tensor, shape: torch.Size, signed: bool) -> Tensor:
+        """An average of any dtype as this optimizer keeps it, of a parameter of a shape."""
+        # Records are longer than what is in them, so the shape tells.
+        is_records = average.shape == records_of(shape.numel())
+        if is_records and self.state_dtype != torch.uint8:
+            average = decode(average, signed, shape)
+        elif not is_records and self.state_dtype == torch.uint8:
+            return encode(average, signed, torch.full((average.numel(),), NEAREST))
+        return average.to(self.state_dtype)
 
 
 class MuonWithAdamW(Optimizer):

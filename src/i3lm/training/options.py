@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from i3lm.errors import ConfigurationError
 
 OPTIMIZERS = ("adamw", "muon")
-OPTIMIZER_STATES = ("fp32", "bf16")
+OPTIMIZER_STATES = ("fp32", "bf16", "fp8")
 SHARDINGS = ("none", "full")
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 # As in `i3lm.data.mixing` and `i3lm.data.rows`, which this file does not import: the command line
@@ -176,8 +176,8 @@ class TrainingOptions:
         context_length: Tokens per row; by default the model's context.
         optimizer: adamw, or muon: Muon for the matrices of the layers, AdamW for embeddings, head,
             vectors and decay rates. One learning rate serves both.
-        optimizer_state: What AdamW keeps its averages in: fp32, or bf16 (on a CPU), which saves 4
-            bytes a parameter, a quarter of what training without activations takes.
+        optimizer_state: What AdamW keeps its averages in: fp32; or, on a CPU, bf16 or fp8, which
+            save 4 and 6 of the 16 bytes a parameter that training takes without activations.
         learning_rate: Peak rate, reached after the warm-up; by default 1e-3 for a new model and
             for adapters, and 1e-4 for a whole checkpoint.
         min_learning_rate_ratio: What is left of the rate at the end of the cosine.

@@ -160,7 +160,7 @@ def _check_sharding(options: RunOptions, precision: str) -> None:
 
 
 def _check_optimizer_state(training: TrainingOptions, device: torch.device) -> None:
-    """Refuses averages in bfloat16 where no optimizer keeps them so."""
+    """Refuses narrow averages where no optimizer keeps them so."""
     where = f"on {device}"
     if training.sharding != "none":
         where = f"with training.sharding {training.sharding}"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from i3lm.ops.adamw.float8 import records_of
 from i3lm.ops.adamw.reference import adamw_step_reference, gradient_norm_reference
 from i3lm.ops.dispatch import Implementation, Op, numba_refuses
 
@@ -118,13 +119,15 @@ def adamw_step(
     Averages in bfloat16 take half the memory. Rounded to the nearest, v would stand still where a
     step changes it by less than half of its last bit, so each number is rounded up or down at
     random, by as much as it is nearer to either (arXiv:1502.02551, section 3): right on average.
-    The random bits are a hash of place and step: the same step gives the same bits anywhere.
+    The random bits are a hash of place and step: the same step gives the same bits anywhere. In
+    uint8 they are records of `i3lm.ops.adamw.float8`, a quarter of the memory.
 
     Args:
         parameters: The tensors p, contiguous, float32 or float64.
         gradients: Their gradients, of the same shapes, in the parameter's dtype or bfloat16. A
             sparse one, as `torch.nn.Embedding` gives it, is zero in the rows that it leaves out.
-        averages: The averages m, of the same shapes, in the parameter's dtype or all in bfloat16.
+        averages: The averages m, of the same shapes, in the parameter's dtype or all in bfloat16;
+            or all in uint8, of the shapes that `average_shape` gives.
         squares: The averages v, likewise.
         settings: Rates and number of the step, one for each parameter.
         scale: What the gradients are multiplied by, as to clip their norm.
@@ -140,6 +143,13 @@ def adamw_step(
     implementation.forward(parameters, gradients, averages, squares, settings, scale)
 
 
+def average_shape(parameter: Tensor, dtype: torch.dtype) -> torch.Size:
+    """Gives the shape of an average of a parameter that is kept in a dtype; see `adamw_step`."""
+    if dtype == torch.uint8:
+        return torch.Size(records_of(parameter.numel()))
+    return parameter.shape
+
+
 def _check(parameters: Sequence[Tensor], **groups: Sequence[Any]) -> None:
     for name, group in groups.items():
         if len(group) != len(parameters):
@@ -147,10 +157,17 @@ def _check(parameters: Sequence[Tensor], **groups: Sequence[Any]) -> None:
                 f"{name} ({len(group)}) must be as many as the parameters ({len(parameters)})"
             )
         for i, (p, x) in enumerate(zip(parameters, group, strict=True)):
-            if name != "settings" and x.shape != p.shape:
+            if name == "settings":
+                continue
+            if name == "gradients" and x.shape != p.shape:
                 raise ValueError(
                     f"{name}[{i}] ({tuple(x.shape)}) must have its parameter's shape "
                     f"{tuple(p.shape)}"
+                )
+            if name != "gradients" and x.shape != (shape := average_shape(p, x.dtype)):
+                raise ValueError(
+                    f"{name}[{i}] ({tuple(x.shape)}, {x.dtype}) must have shape {tuple(shape)} for "
+                    f"a parameter of shape {tuple(p.shape)}"
                 )
     for i, x in enumerate(groups["gradients"]):
         if x.is_sparse and (x.sparse_dim(), x.dense_dim()) != (1, 1):

@@ -16,6 +16,13 @@ from numba import carray, prange
 from torch import Tensor
 
 from i3lm.ops.adamw import AdamWSettings
+from i3lm.ops.adamw.float8 import BLOCK, RECORD
+from i3lm.ops.adamw.numba_float8 import (
+    load_signed,
+    load_unsigned,
+    store_signed,
+    store_unsigned,
+)
 from i3lm.ops.adamw.reference import HASH_FACTORS, rounding_key
 from i3lm.ops.numba_bridge import (
     compiled,
@@ -30,8 +37,10 @@ from i3lm.ops.numba_bridge import (
 
 # Elements of a task; and of the piece of it whose working array stays in the first cache, in a step
 # and in a sum. So many pieces ahead memory is fetched: while one is computed, the next ones come.
-_TASK, _PIECE, _SUMMED, _AHEAD = 65536, 128, 512, 4
+_TASK, _PIECE, _SUMMED, _AHEAD = 65536, BLOCK, 512, 4
 _LANES = 64  # sums kept side by side, so that their loop vectorises
+_IN_FLOAT32, _IN_BFLOAT16, _IN_8_BITS = range(3)  # what averages are kept in
+_KINDS = {torch.float32: _IN_FLOAT32, torch.bfloat16: _IN_BFLOAT16, torch.uint8: _IN_8_BITS}
 _SIXTEEN, _THIRTEEN, _LOW_HALF = np.uint32(16), np.uint32(13), np.uint32(0xFFFF)
 _FACTORS = tuple(np.uint32(factor) for factor in HASH_FACTORS)
 
@@ -71,6 +80,16 @@ def _fetch(address, is_narrow, start, stop):
         fetch(carray(pointer(address), stop, np.uint16)[start:stop])
     else:
         fetch(carray(pointer(address), stop, np.float32)[start:stop])
+
+
+@inlined()
+def _fetch_average(address, kind, start, stop):
+    if kind == _IN_8_BITS:
+        if start < stop:
+            place = start // BLOCK * RECORD
+            fetch(carray(pointer(address), place + RECORD, np.uint8)[place:])
+    else:
+        _fetch(address, kind == _IN_BFLOAT16, start, stop)
 
 
 @inlined()
@@ -131,7 +150,7 @@ def _sums_of_squares(tasks, addresses, narrow, sums):
 
 
 @compiled()
-def _steps(tasks, addresses, narrow, sparse, settings, scale, keys, narrow_state):
+def _steps(tasks, addresses, narrow, sparse, settings, scale, keys, kind):
     for task in prange(len(tasks)):
         tensor, begin, end = tasks[task, 0], tasks[task, 1], tasks[task, 2]
         parameter, gradient = addresses[tensor, 0], addresses[tensor, 1]
@@ -149,15 +168,20 @@ def _steps(tasks, addresses, narrow, sparse, settings, scale, keys, narrow_state
             _fetch(parameter, False, ahead, then)
             if not places:
                 _fetch(gradient, narrow[tensor], ahead, then)
-            _fetch(average, narrow_state, ahead, then)
-            _fetch(square, narrow_state, ahead, then)
+            _fetch_average(average, kind, ahead, then)
+            _fetch_average(square, kind, ahead, then)
             _load(work[0], parameter, False, start, stop)
             if places:
                 _load_sparse(work[1], gradient, narrow[tensor], places, width, start, stop)
             else:
                 _load(work[1], gradient, narrow[tensor], start, stop)
-            _load(work[2], average, narrow_state, start, stop)
-            _load(work[3], square, narrow_state, start, stop)
+            if kind == _IN_8_BITS:
+                load_signed(work[2], average, start)
+                load_unsigned(work[3], square, start)
+                work[1, stop - start :] = 0
+            else:
+                _load(work[2], average, kind == _IN_BFLOAT16, start, stop)
+                _load(work[3], square, kind == _IN_BFLOAT16, start, stop)
             for i in range(_PIECE):
                 g = work[1, i] * scale
                 m = work[2, i] + (g - work[2, i]) * fresh1
@@ -166,8 +190,12 @@ def _steps(tasks, addresses, narrow, sparse, settings, scale, keys, narrow_state
                 work[0, i] = work[0, i] * kept - update
                 work[2, i], work[3, i] = m, v
             _store(parameter, work, 0, start, stop)
-            if narrow_state:
+            if kind != _IN_FLOAT32:
                 _fill_random(random, start, keys[tensor])
+            if kind == _IN_8_BITS:
+                store_signed(work[2], random, average, start)
+                store_unsigned(work[3], random, square, start)
+            elif kind == _IN_BFLOAT16:
                 _round_up_or_down(work[2], random, average, start, stop)
                 for i in range(_PIECE):
                     random[i] = random[i] >> _SIXTEEN
@@ -233,10 +261,10 @@ def adamw_step_numba(
     scale: float,
 ) -> None:
     """Computes `adamw_step_reference` on the CPU."""
-    kind = averages[0].dtype
+    kept = averages[0].dtype
     for tensor, dtype in (
         *((p, torch.float32) for p in parameters),
-        *((x, kind) for x in (*averages, *squares)),
+        *((x, kept) for x in (*averages, *squares)),
     ):
         if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
@@ -269,5 +297,5 @@ def adamw_step_numba(
         np.array(factors, np.float32),
         np.float32(scale),
         np.array([rounding_key(i, s.step) for i, s in enumerate(settings)], np.uint32),
-        kind == torch.bfloat16,
+        _KINDS[kept],
     )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from i3lm.ops.adamw.float8 import decode, encode
+
 if TYPE_CHECKING:
     from i3lm.ops.adamw import AdamWSettings
 
@@ -34,10 +36,19 @@ def _mixed(x: Any) -> Any:
     return x ^ (x >> 16)
 
 
-def _put(target: Tensor, value: Tensor, random: Tensor | None) -> None:
-    """Writes float32 numbers into bfloat16 ones, each up or down as 16 random bits say."""
+def _read(average: Tensor, like: Tensor, signed: bool) -> Tensor:
+    if average.dtype == torch.uint8:
+        return decode(average, signed, like.shape).to(like.dtype)
+    return average.to(like.dtype)
+
+
+def _put(target: Tensor, value: Tensor, signed: bool, random: Tensor | None) -> None:
+    """Writes float32 numbers into narrow ones, each up or down as 16 random bits say."""
     if random is None:
         target.copy_(value)
+        return
+    if target.dtype == torch.uint8:
+        target.copy_(encode(value, signed, random))
         return
     bits = value.float().view(torch.int32).flatten() + random.to(value.device).int()
     target.copy_((bits & ~0xFFFF).view(torch.float32).view_as(target))
@@ -63,14 +74,14 @@ def adamw_step_reference(
     ):
         g = gradient.to_dense().to(p.dtype) * scale
         beta1, beta2 = s.betas
-        mean = m.to(p.dtype).lerp(g, 1 - beta1)
-        mean_square = (v.to(p.dtype) * beta2).addcmul_(g, g, value=1 - beta2)
+        mean = _read(m, p, True).lerp(g, 1 - beta1)
+        mean_square = (_read(v, p, False) * beta2).addcmul_(g, g, value=1 - beta2)
         spread = (mean_square / (1 - beta2**s.step)).sqrt_().add_(s.eps)
         p.mul_(1 - s.learning_rate * s.weight_decay)
         p.addcdiv_(mean, spread, value=-s.learning_rate / (1 - beta1**s.step))
         low = high = None
-        if m.dtype == torch.bfloat16:
+        if m.dtype in (torch.bfloat16, torch.uint8):
             random = random_bits(p.numel(), rounding_key(i, s.step))
             low, high = random & 0xFFFF, random >> 16
-        _put(m, mean, low)
-        _put(v, mean_square, high)
+        _put(m, mean, True, low)
+        _put(v, mean_square, False, high)
