@@ -13,6 +13,10 @@ from i3lm.ops.attention.tiles import HEADS, TILE, softmax_torch
 from i3lm.ops.dispatch import use_implementation
 from tests.ops.drawing import make_generator
 
+CPU = torch.device("cpu")
+# Those that serve bfloat16 here: not every processor has AMX.
+NAMES = [i.name for i in CAUSAL_ATTENTION.implementations if not i.refuses(CPU, torch.bfloat16)]
+
 
 def exact_attention(
     query: Tensor, key: Tensor, value: Tensor, first: Tensor | None = None
@@ -32,13 +36,13 @@ def draw_first(B: int, T: int, generator: torch.Generator) -> Tensor:
     return torch.where(marks, torch.arange(T), 0).cummax(dim=1).values
 
 
-@pytest.mark.parametrize("name", CAUSAL_ATTENTION.names)
-@settings(max_examples=12, deadline=None, derandomize=True)
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 2),
     H=st.integers(1, 3),
     T=st.sampled_from([1, 2, 17, TILE - 1, TILE, TILE + 1, 2 * TILE + 5]),
-    D=st.sampled_from([1, 8, 32]),
+    D=st.sampled_from([1, 8, 32, 40, 64]),
 )
 def test_bfloat16_equals_the_formula(name: str, B: int, H: int, T: int, D: int):
     generator = make_generator(B, H, T, D)
@@ -63,7 +67,7 @@ def test_bfloat16_equals_the_formula(name: str, B: int, H: int, T: int, D: int):
         (i.name, dtype)
         for i in PACKED_ATTENTION.implementations
         for dtype in (torch.float64, torch.float32, torch.bfloat16)
-        if i.refuses(torch.device("cpu"), dtype) is None
+        if i.refuses(CPU, dtype) is None
     ],
     ids=str,
 )
@@ -90,6 +94,114 @@ def test_each_token_sees_from_its_first_on(name: str, dtype: torch.dtype, B: int
     for a, b in zip((got, *grads), (expected, *wanted), strict=True):
         assert a.dtype == dtype
         assert (a.double() - b).abs().max() / b.abs().max().clamp_min(1) < most
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("window", [1, 5, 40, 200])
+def test_a_window_is_a_first(name: str, window: int):
+    generator = make_generator(window)
+    inputs = [torch.randn(2, 2, 200, 32, generator=generator).bfloat16() for _ in "qkv"]
+    first = (torch.arange(200) + 1 - window).clamp_min(0).expand(2, -1)
+    with use_implementation(packed_attention=name):
+        got = causal_attention(*inputs, first=first)
+    expected = exact_attention(*(x.double() for x in inputs), first)
+    assert (got.double() - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
+needs_amx = pytest.mark.skipif("amx" not in NAMES, reason="this processor has no AMX")
+
+
+def amx_and_gradients(inputs: list[Tensor], grad: Tensor, first: Tensor | None) -> list[Tensor]:
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with use_implementation(causal_attention="amx", packed_attention="amx"):
+        got = causal_attention(*inputs, first=first)
+    return [got, *torch.autograd.grad(got, inputs, grad)]
+
+
+@needs_amx
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 3),
+    H=st.integers(1, 5),
+    T=st.integers(1, 170),
+    D=st.sampled_from([8, 32, 64, 96]),
+    packed=st.booleans(),
+    size=st.sampled_from([0.1, 1.0, 6.0]),
+)
+def test_amx_rounds_weights_and_results_alone(
+    B: int, H: int, T: int, D: int, packed: bool, size: float
+):
+    """Scores stay in float32; each number is as near as roundings to 8 bits (2^-9) leave it."""
+    generator = make_generator(B, H, T, D)
+    drawn = [torch.randn(B, H, T, D, generator=generator) for _ in range(4)]
+    *inputs, grad = (x.mul(y).bfloat16() for x, y in zip(drawn, (size, size, 1, 1), strict=True))
+    first = draw_first(B, T, generator) if packed else None
+    query, key, value = (x.double().requires_grad_() for x in inputs)
+    output = exact_attention(query, key, value, first)
+    wanted = [output, *torch.autograd.grad(output, (query, key, value), grad.double())]
+    with torch.no_grad():
+        one = torch.eye(T, dtype=torch.float64).expand(B, H, T, T)
+        weights = exact_attention(query, key, one, first)
+        means = (grad.double() * output).sum(-1, keepdim=True)
+        of_scores = weights * (grad.double() @ value.mT - means)
+        # The mean is of rounded outputs, so it is wrong by as much as their products may be.
+        wrong = of_scores.abs() + weights * (grad.double() * output).abs().sum(-1, keepdim=True)
+        scale = D**-0.5
+        terms = (
+            weights @ value.abs(), scale * wrong @ key.abs(), scale * wrong.mT @ query.abs(),
+            weights.mT @ grad.double().abs(),
+        )  # fmt: skip
+    for got, exact, most in zip(amx_and_gradients(inputs, grad, first), wanted, terms, strict=True):
+        assert ((got.double() - exact).abs() <= 2**-8 * 1.05 * (most + exact.abs()) + 1e-5).all()
+
+
+@needs_amx
+def test_amx_gives_the_same_bits_anywhere():
+    """With any number of threads, from any place in memory, and alone or in a batch."""
+    generator = make_generator(5)
+    joined = torch.randn(2, 70, 3, 3, 32, generator=generator).bfloat16()
+    views = [part.transpose(1, 2) for part in joined.unbind(2)]
+    grad = torch.randn(2, 3, 70, 32, generator=generator).bfloat16()
+    first = draw_first(2, 70, generator)
+    expected = amx_and_gradients(views, grad, first)
+    forms = [amx_and_gradients([x.contiguous() for x in views], grad, first)]
+    elsewhere = [torch.cat([x.new_zeros(7), x.flatten()])[7:].view_as(x) for x in views]
+    forms.append(amx_and_gradients(elsewhere, grad.mT.contiguous().mT, first))
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        forms.append(amx_and_gradients(views, grad, first))
+    torch.set_num_threads(threads)
+    alone = [
+        amx_and_gradients([x[b:][:1] for x in views], grad[b:][:1], first[b:][:1]) for b in (0, 1)
+    ]
+    forms.append([torch.cat(pair) for pair in zip(*alone, strict=True)])
+    for form in forms:
+        assert all(a.equal(b) for a, b in zip(form, expected, strict=True))
+
+
+@needs_amx
+def test_amx_keeps_nothing_that_grows_with_the_square_of_a_text():
+    kept = []
+    x = torch.randn(1, 2, 999, 32, generator=make_generator(1)).bfloat16().requires_grad_()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.numel()) or t, lambda t: t
+        ),
+        use_implementation(causal_attention="amx"),
+    ):
+        causal_attention(x, x, x)
+    assert 0 < sum(kept) <= 5 * x.numel()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(0, 2, 9, 32), (2, 2, 0, 32)], ids=str)
+def test_nothing_in_gives_nothing(name: str, shape: tuple[int, ...]):
+    x = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+    with use_implementation(causal_attention=name):
+        got = causal_attention(x, x, x)
+    got.sum().backward()
+    assert got.shape == x.grad.shape == shape
 
 
 def test_tiles_pass_over_the_keys_of_other_documents():
@@ -159,7 +271,7 @@ def test_weights_of_a_tile(B: int, heads: int, R: int, before: int, packed: bool
     assert torch.equal(softmax_numba(elsewhere, first, heads, before, 0.3), got)
 
 
-@pytest.mark.parametrize("name", ["numba", "tiles"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "torch"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_diverged_score_shows(name: str, bad: float):
     # Where T is no multiple of 32, oneDNN's products by AMX multiply the beginning of the next row

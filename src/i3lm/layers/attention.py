@@ -67,7 +67,7 @@ class CausalSelfAttention(nn.Module):
         """
         B, T, C = x.shape
         heads = self.query_key_value(x).view(B, T, 3, self.num_attention_heads, -1)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))  # (B, H, T, D) each
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if store is not None:

@@ -10,6 +10,12 @@ from i3lm.ops.attention.tiles import causal_tiles
 from i3lm.ops.dispatch import Implementation, Op, numba_refuses_bits
 
 
+def _causal_amx(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None) -> Tensor:
+    from i3lm.ops.attention.amx import causal_amx
+
+    return causal_amx(query, key, value, first)
+
+
 def _causal_numba(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None) -> Tensor:
     from i3lm.ops.attention.numba import softmax_numba
 
@@ -20,6 +26,14 @@ def _numba_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype != torch.bfloat16:
         return f"serves bfloat16, not {dtype}"
     return numba_refuses_bits(device, dtype)
+
+
+def _amx_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if (reason := _numba_refuses(device, dtype)) is not None:
+        return reason
+    from i3lm.ops.amx_bridge import missing
+
+    return missing()
 
 
 def _tiles_refuse(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -44,6 +58,7 @@ def _causal_torch(query: Tensor, key: Tensor, value: Tensor, first: Tensor | Non
 CAUSAL_ATTENTION = Op(
     "causal_attention",
     [
+        Implementation("amx", _causal_amx, refuses=_amx_refuses),
         Implementation("numba", _causal_numba, refuses=_numba_refuses),
         Implementation("tiles", causal_tiles, refuses=_tiles_refuse),
         Implementation("torch", _causal_torch),
@@ -52,6 +67,7 @@ CAUSAL_ATTENTION = Op(
 PACKED_ATTENTION = Op(
     "packed_attention",
     [
+        Implementation("amx", _causal_amx, refuses=_amx_refuses),
         Implementation("numba", _causal_numba, refuses=_numba_refuses),
         Implementation("tiles", causal_tiles, refuses=_packed_tiles_refuse),
         Implementation("torch", _causal_torch),
@@ -66,8 +82,9 @@ def causal_attention(
 
     `scaled_dot_product_attention` of PyTorch 2.13 multiplies bfloat16 on a CPU without the
     processor's bfloat16 instructions; batched products have them and are two to three times as
-    fast, forward and backward (benchmarks/NOTES.md). Tiles of queries keep memory linear in T;
-    scores are rounded to bfloat16 before the softmax, as in eager attention.
+    fast, forward and backward, and a kernel for AMX again as much (benchmarks/NOTES.md). Tiles of
+    queries keep memory linear in T. By batched products, scores are rounded to bfloat16 before the
+    softmax, as in eager attention; by AMX they are not.
 
     Args:
         query: Shape (B, H, T, D).

@@ -1,0 +1,335 @@
+"""What kernels say to a processor's matrix unit (Intel's AMX), for numba.
+
+The unit has eight tiles of 16 rows of 64 bytes. One instruction adds the product of a tile of
+16 x 32 bfloat16 numbers and one of 32 x 16 to a tile of 16 x 16 float32 numbers; the second operand
+holds two rows side by side, as pairs (Intel's Architecture Instruction Set Extensions Programming
+Reference, chapter on AMX). Here a block of a result is 32 x 32, in tiles 0 to 3, from a pair of
+tiles of each operand.
+
+The functions work inside kernels, on int64 addresses. Those of tiles must be multiples of 64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
+from numba.extending import intrinsic
+
+SIDE = 32  # rows and columns of a block of the result, and what one step takes of the sum
+PAIR_BYTES = 2048  # of two tiles
+
+_BYTE, _INTEGER = ir.IntType(8), ir.IntType(64)
+_WORDS = ir.VectorType(ir.IntType(32), 16)
+_HALVES = ir.VectorType(ir.IntType(16), 16)
+_ALL_HALVES = ir.VectorType(ir.IntType(16), SIDE)
+_FLOATS = ir.VectorType(ir.FloatType(), 16)
+# Of two lines of 16 numbers, the numbers that stand in a column side by side.
+_IN_PAIRS = [n // 2 + n % 2 * 16 for n in range(SIDE)]
+
+
+class _BFloat(ir.types.Type):
+    """LLVM's type, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+@cache
+def missing() -> str | None:
+    """Why this process cannot use the unit, or None. Linux grants it on request."""
+    features = get_host_cpu_features().split(",")
+    if "+amx-bf16" not in features or "+avx512bf16" not in features:
+        return "this processor has no AMX"
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"AMX is asked for on Linux, and this is {sys.platform}"
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    if ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data):
+        return "the system does not grant AMX to this process"
+    return None
+
+
+@cache
+def shapes() -> torch.Tensor:
+    """What `begin` takes: the unit's first palette, and 16 rows of 64 bytes for all eight tiles.
+
+    Raises:
+        RuntimeError: This process cannot use the unit, and would be ended by its instructions.
+    """
+    if (reason := missing()) is not None:
+        raise RuntimeError(reason)
+    settings = torch.zeros(64, dtype=torch.uint8)
+    settings[0] = 1
+    settings[16:32:2] = 64
+    settings[48:56] = 16
+    return settings
+
+
+def _on_addresses(count: int) -> Callable[[Callable[..., None]], Any]:
+    """Makes what emits instructions a function of so many int64 numbers, which gives nothing."""
+
+    def decorate(emit: Callable[..., None]) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            emit(builder, *values)
+            return context.get_dummy_value()
+
+        def of_none(typing_context):
+            return types.none(), generate
+
+        def of_one(typing_context, a):
+            return types.none(types.int64), generate
+
+        def of_two(typing_context, a, b):
+            return types.none(*[types.int64] * 2), generate
+
+        def of_three(typing_context, a, b, c):
+            return types.none(*[types.int64] * 3), generate
+
+        return intrinsic((of_none, of_one, of_two, of_three)[count])
+
+    return decorate
+
+
+def _instruct(builder: Any, name: str, *arguments: Any, result: Any = None) -> Any:
+    kinds = [argument.type for argument in arguments]
+    form = ir.FunctionType(result or ir.VoidType(), kinds)
+    return builder.call(cgutils.get_or_insert_function(builder.module, form, name), arguments)
+
+
+def _pointer(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, cgutils.voidptr_t)
+
+
+def _after(builder: Any, address: Any, distance: int | Any) -> Any:
+    return builder.add(address, _INTEGER(distance) if isinstance(distance, int) else distance)
+
+
+def _load(builder: Any, kind: Any, address: Any, alignment: int) -> Any:
+    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    value.align = alignment
+    return value
+
+
+def _store(builder: Any, value: Any, address: Any, alignment: int) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = alignment
+
+
+def _quarters(builder: Any, address: Any, stride: Any) -> list[Any]:
+    """Where the four tiles of a block of float32 numbers begin, of rows so many bytes apart."""
+    below = builder.add(address, builder.mul(stride, _INTEGER(16)))
+    return [x for half in (address, below) for x in (half, _after(builder, half, 64))]
+
+
+@_on_addresses(1)
+def begin(builder, shapes):
+    """Gives all tiles their shape; the unit is in use until `end`."""
+    _instruct(builder, "llvm.x86.ldtilecfg", _pointer(builder, shapes))
+
+
+@_on_addresses(0)
+def end(builder):
+    """Leaves the unit."""
+    _instruct(builder, "llvm.x86.tilerelease")
+
+
+@_on_addresses(0)
+def clear_block(builder):
+    """Makes the block zero."""
+    for tile in range(4):
+        _instruct(builder, "llvm.x86.tilezero", _BYTE(tile))
+
+
+@_on_addresses(2)
+def load_block(builder, address, stride):
+    """Reads the block, 32 rows of 32 float32 numbers, so many bytes from one row to the next."""
+    for tile, place in enumerate(_quarters(builder, address, stride)):
+        _instruct(builder, "llvm.x86.tileloadd64", _BYTE(tile), _pointer(builder, place), stride)
+
+
+@_on_addresses(2)
+def store_block(builder, address, stride):
+    """Writes the block, 32 rows of 32 float32 numbers, so many bytes from one row to the next."""
+    for tile, place in enumerate(_quarters(builder, address, stride)):
+        _instruct(builder, "llvm.x86.tilestored64", _BYTE(tile), _pointer(builder, place), stride)
+
+
+@_on_addresses(2)
+def add_product(builder, left, right):
+    """Adds the product of a pair of tiles of rows and a pair of tiles of columns to the block."""
+    rows, columns = (4, 5), (6, 7)
+
+    def load(tile: int, first: Any, which: int) -> None:
+        place = _pointer(builder, _after(builder, first, which * PAIR_BYTES // 2))
+        _instruct(builder, "llvm.x86.tileloadd64", _BYTE(tile), place, _INTEGER(64))
+
+    def multiply(down: int, across: int) -> None:
+        operands = _BYTE(rows[down]), _BYTE(columns[across])
+        _instruct(builder, "llvm.x86.tdpbf16ps", _BYTE(2 * down + across), *operands)
+
+    # Products begin as soon as their operands are there.
+    load(rows[0], left, 0)
+    load(columns[0], right, 0)
+    multiply(0, 0)
+    load(columns[1], right, 1)
+    multiply(0, 1)
+    load(rows[1], left, 1)
+    multiply(1, 0)
+    multiply(1, 1)
+
+
+def _narrow(builder: Any, low: Any, high: Any) -> Any:
+    """32 float32 numbers as bfloat16, rounded to the nearest, or even."""
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    halves = _instruct(builder, name, high, low, result=ir.VectorType(_BFloat(), SIDE))
+    return builder.bitcast(halves, _ALL_HALVES)
+
+
+def _load_row(builder: Any, address: Any) -> list[Any]:
+    return [_load(builder, _FLOATS, _after(builder, address, n), 4) for n in (0, 64)]
+
+
+def _store_row(builder: Any, row: list[Any], address: Any) -> None:
+    for place, part in enumerate(row):
+        _store(builder, part, _after(builder, address, 64 * place), 4)
+
+
+@_on_addresses(2)
+def narrow(builder, source, target):
+    """Writes 32 float32 numbers as bfloat16, rounded to the nearest, or even."""
+    _store(builder, _narrow(builder, *_load_row(builder, source)), target, 2)
+
+
+@_on_addresses(3)
+def narrow_product(builder, source, factors, target):
+    """Writes the products of 32 float32 numbers and 32 factors as bfloat16."""
+    pairs = zip(_load_row(builder, source), _load_row(builder, factors), strict=True)
+    _store(builder, _narrow(builder, *(builder.fmul(*pair) for pair in pairs)), target, 2)
+
+
+@_on_addresses(2)
+def raise_by_rows(builder, block, lanes):
+    """Raises 32 numbers to the largest of their columns in a block."""
+    tops = _load_row(builder, lanes)
+    for row in range(SIDE):
+        numbers = _load_row(builder, _after(builder, block, 128 * row))
+        tops = [
+            builder.select(builder.fcmp_ordered(">", x, top), x, top)
+            for x, top in zip(numbers, tops, strict=True)
+        ]
+    _store_row(builder, tops, lanes)
+
+
+@_on_addresses(2)
+def add_rows(builder, block, lanes):
+    """Adds the rows of a block to 32 numbers, one after the other."""
+    sums = _load_row(builder, lanes)
+    for row in range(SIDE):
+        numbers = _load_row(builder, _after(builder, block, 128 * row))
+        sums = [builder.fadd(*pair) for pair in zip(sums, numbers, strict=True)]
+    _store_row(builder, sums, lanes)
+
+
+@_on_addresses(3)
+def multiply_differences(builder, grads, weights, means):
+    """Makes a block ``weights (grads - means)``, of a mean for each column."""
+    less = _load_row(builder, means)
+    for row in range(SIDE):
+        place, other = (_after(builder, x, 128 * row) for x in (grads, weights))
+        parts = zip(_load_row(builder, place), _load_row(builder, other), less, strict=True)
+        products = [builder.fmul(w, builder.fsub(g, mean)) for g, w, mean in parts]
+        _store_row(builder, products, place)
+
+
+@_on_addresses(2)
+def copy_line(builder, source, target):
+    """Copies 64 bytes."""
+    _store(builder, _load(builder, _ALL_HALVES, source, 2), target, 2)
+
+
+@_on_addresses(2)
+def pack_block(builder, source, target):
+    """Writes a block, 32 rows of 32 float32 numbers, as a pair of tiles of a first operand."""
+    for row in range(SIDE):
+        halves = _narrow(builder, *_load_row(builder, _after(builder, source, 128 * row)))
+        _store(builder, halves, _after(builder, target, 64 * row), 64)
+
+
+@_on_addresses(2)
+def pack_second_block(builder, source, target):
+    """Writes a block as a pair of tiles of a second operand, whose sums run from row to row."""
+    for pair in range(SIDE // 2):
+        places = (_after(builder, source, 256 * pair + n) for n in (0, 128))
+        for half, numbers in enumerate(zip(*(_load_row(builder, x) for x in places), strict=True)):
+            halves = _narrow(builder, *numbers)
+            halves = _shuffle(builder, halves, halves, _IN_PAIRS)
+            place = _after(builder, target, 64 * pair + half * PAIR_BYTES // 2)
+            _store(builder, halves, place, 64)
+
+
+def _shuffle(builder: Any, first: Any, second: Any, places: list[int]) -> Any:
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
+    return builder.shuffle_vector(first, second, mask)
+
+
+def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
+    """16 vectors of 16 words: those of the transpose, by exchanging ever larger blocks."""
+    for size in (1, 2, 4, 8):
+        rows = list(rows)
+        for i in (i for i in range(16) if not i & size):
+            low = [lane - size + 16 if lane & size else lane for lane in range(16)]
+            high = [lane + 16 if lane & size else lane + size for lane in range(16)]
+            pair = rows[i], rows[i + size]
+            rows[i], rows[i + size] = _shuffle(builder, *pair, low), _shuffle(builder, *pair, high)
+    return rows
+
+
+def _packer(upright: bool, second: bool) -> Any:
+    """Makes a function that writes a tile of bfloat16 numbers.
+
+    It takes the address of the first number, the bytes from one line of them to the next, and the
+    address of the tile.
+
+    Args:
+        upright: Whether the lines are 16 rows of the operand, of 32 numbers to be summed over; else
+            each of 32 lines has a number of every row.
+        second: Whether it is the second operand.
+    """
+
+    def emit(builder: Any, source: Any, stride: Any, tile: Any) -> None:
+        pairs = []
+        for row in range(16):
+            line = row if upright else 2 * row
+            place = _after(builder, source, builder.mul(stride, _INTEGER(line)))
+            if upright:
+                halves = _load(builder, _ALL_HALVES, place, 2)
+            else:  # a number and that of the next line are a pair
+                places = place, _after(builder, place, stride)
+                one, next_one = (_load(builder, _HALVES, x, 2) for x in places)
+                halves = _shuffle(builder, one, next_one, _IN_PAIRS)
+            pairs.append(builder.bitcast(halves, _WORDS))
+        for row, words in enumerate(_transpose(builder, pairs) if upright == second else pairs):
+            _store(builder, words, _after(builder, tile, 64 * row), 64)
+
+    return _on_addresses(3)(emit)
+
+
+# Of the operand's rows, and of its columns.
+pack_rows = _packer(upright=True, second=False)
+pack_columns = _packer(upright=False, second=False)
+pack_second_rows = _packer(upright=True, second=True)
+pack_second_columns = _packer(upright=False, second=True)
