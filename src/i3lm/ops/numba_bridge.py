@@ -343,7 +343,9 @@ def _type_fetch_line(typing_context: Any, array: Any, index: Any) -> tuple[Any, 
     return types.none(array, types.intp), generate
 
 
-_fetch_line: Any = intrinsic(_type_fetch_line)
+# Inside a kernel, `fetch_line(row, i)` has the 64 bytes around a number of a vector brought into the
+# cache, to be read or written later.
+fetch_line: Any = intrinsic(_type_fetch_line)
 
 # So many steps ahead a walk through time fetches what it reads and writes.
 AHEAD = 4
@@ -357,7 +359,14 @@ def fetch(row):
     by themselves, and each would be waited for.
     """
     for i in range(0, row.size, 64 // row.itemsize):  # a line has 64 bytes
-        _fetch_line(row, i)
+        fetch_line(row, i)
+
+
+@inlined()
+def fetch_ahead(numbers, low, high):
+    """Has what stands so far behind a piece of a vector brought into the cache, to its end."""
+    size = AHEAD * (high - low)
+    fetch(numbers[min(low + size, numbers.size) : min(high + size, numbers.size)])
 
 
 # A kernel keeps what one step touches as rows of one small array: a loop over many arrays that

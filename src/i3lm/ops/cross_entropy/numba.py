@@ -17,6 +17,7 @@ from i3lm.ops.numba_bridge import (
     as_arrays,
     compiled,
     exp,
+    fetch,
     match_threads,
     multiply_add,
     serial_as_written,
@@ -29,6 +30,7 @@ _LANES = 64  # sums kept side by side, so that their loop vectorises
 # A task has so many rows and a part of the vocabulary. There are as many parts for any number of
 # threads, so that sums have one order.
 _ROWS, _TASKS, _SMALLEST_PART = 1024, 64, 32
+_AHEAD = 2  # tokens of the vocabulary whose rows are fetched ahead: they are pages apart
 
 
 @serial_as_written()
@@ -76,7 +78,10 @@ def _sum_up(logits, bias, tops, totals):
     for task in prange(parts * blocks):
         part, low = task // blocks, (task % blocks) * _ROWS
         high = min(low + _ROWS, R)
-        for v in range(part * V // parts, (part + 1) * V // parts):
+        end = (part + 1) * V // parts
+        for v in range(part * V // parts, end):
+            if v + _AHEAD < end:
+                fetch(logits[v + _AHEAD, low:high])
             offset = bias[v] if bias.size else tops.dtype.type(0)
             _add_exponentials(
                 logits[v, low:high], offset, tops[part, low:high], totals[part, low:high]
@@ -103,7 +108,10 @@ def _differentiate(logits, bias, tops, factors, sums, parts):
         low = block * _ROWS
         high = min(low + _ROWS, R)
         gradients, lanes = np.empty(high - low, tops.dtype), np.empty(_LANES, tops.dtype)
-        for v in range(part * V // parts, (part + 1) * V // parts):
+        end = (part + 1) * V // parts
+        for v in range(part * V // parts, end):
+            if v + _AHEAD < end:
+                fetch(logits[v + _AHEAD, low:high])
             offset = bias[v] if bias.size else tops.dtype.type(0)
             row = logits[v, low:high]
             _write_gradients(row, offset, tops[low:high], factors[low:high], gradients)

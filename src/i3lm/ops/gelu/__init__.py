@@ -22,8 +22,9 @@ class _ByTable(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (derivative,) = ctx.saved_tensors
-        return grad * derivative
+        from i3lm.ops.gelu.numba import gelu_numba_backward
+
+        return gelu_numba_backward(grad, *ctx.saved_tensors)
 
 
 def _numba(x: Tensor) -> Tensor:

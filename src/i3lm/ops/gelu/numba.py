@@ -15,7 +15,17 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from i3lm.ops.numba_bridge import as_arrays, compiled, inlined, match_threads, targets
+from i3lm.ops.numba_bridge import (
+    as_arrays,
+    as_written,
+    compiled,
+    fetch_ahead,
+    inlined,
+    match_threads,
+    targets,
+    widen,
+    written,
+)
 
 _BLOCK = 512  # entries at a time: one loop looks them up, the others vectorise
 _SIXTEEN = np.uint32(16)
@@ -53,10 +63,35 @@ def _look_up(x, table, value, derivative, tasks):
         end = (task + 1) * x.shape[0] // tasks
         for low in range(task * x.shape[0] // tasks, end, _BLOCK):
             high = min(low + _BLOCK, end)
+            fetch_ahead(x, low, high)
+            fetch_ahead(value, low, high)
+            fetch_ahead(derivative, low, high)
             _find(found, table, x[low:high])
             _write(value[low:high], found, np.uint32(0))
             if derivative.size:
                 _write(derivative[low:high], found, _SIXTEEN)
+
+
+@as_written()
+def _multiply(grad, derivative, output, tasks):
+    for task in prange(tasks):
+        end = (task + 1) * grad.size // tasks
+        for low in range(task * grad.size // tasks, end, _BLOCK):
+            high = min(low + _BLOCK, end)
+            fetch_ahead(grad, low, high)
+            fetch_ahead(derivative, low, high)
+            fetch_ahead(output, low, high)
+            factors, others, products = grad[low:high], derivative[low:high], output[low:high]
+            for i in range(products.size):
+                products[i] = written(widen(factors[i]) * widen(others[i]), products[i])
+
+
+def gelu_numba_backward(grad: Tensor, derivative: Tensor) -> Tensor:
+    """The gradient of the input, in bfloat16, from that of the value and the derivative."""
+    output = derivative.new_empty(derivative.shape)
+    arrays = (*as_arrays(grad, derivative), *targets(output))
+    _multiply(*(array.reshape(-1) for array in arrays), match_threads())
+    return output
 
 
 def gelu_numba(x: Tensor, wants_derivative: bool) -> tuple[Tensor, Tensor]:

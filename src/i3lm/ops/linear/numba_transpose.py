@@ -21,6 +21,7 @@ from i3lm.ops.numba_bridge import (
     compiled,
     copy,
     fetch,
+    fetch_line,
     match_threads,
     serial_as_written,
     targets,
@@ -86,6 +87,9 @@ def _transpose(x, result, sums):
         for r in range(0, R, _SIDE):
             end = min(r + _SIDE, R)
             rest = low
+            if end < R:  # what is written next: a line of each row, and rows are pages apart
+                for n in range(low, whole):
+                    fetch_line(result[n], end)
             if end - r == _SIDE:
                 for n in range(low, whole, _SIDE):
                     _turn(result, x, n, r)

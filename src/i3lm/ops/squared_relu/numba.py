@@ -6,33 +6,50 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from i3lm.ops.numba_bridge import as_arrays, as_written, match_threads, targets, widen, written
+from i3lm.ops.numba_bridge import (
+    as_arrays,
+    as_written,
+    fetch_ahead,
+    match_threads,
+    targets,
+    widen,
+    written,
+)
 
-_PIECE = 8192  # numbers per task
+_PIECE, _BLOCK = 8192, 512  # numbers of a task, and of a part of it
 
 
 @as_written()
 def _forward(x, output):
     zero = widen(x.dtype.type(0))
     for task in prange((x.size + _PIECE - 1) // _PIECE):
-        piece = slice(task * _PIECE, (task + 1) * _PIECE)
-        inputs, squares = x[piece], output[piece]
-        for i in range(inputs.size):
-            number = widen(inputs[i])
-            positive = zero if number < zero else number  # NaN stays NaN
-            squares[i] = written(positive * positive, squares[i])
+        end = min((task + 1) * _PIECE, x.size)
+        for low in range(task * _PIECE, end, _BLOCK):
+            high = min(low + _BLOCK, end)
+            fetch_ahead(x, low, high)
+            fetch_ahead(output, low, high)
+            inputs, squares = x[low:high], output[low:high]
+            for i in range(inputs.size):
+                number = widen(inputs[i])
+                positive = zero if number < zero else number  # NaN stays NaN
+                squares[i] = written(positive * positive, squares[i])
 
 
 @as_written()
 def _backward(grad, output, grad_x):
     for task in prange((grad.size + _PIECE - 1) // _PIECE):
-        piece = slice(task * _PIECE, (task + 1) * _PIECE)
-        grads, squares, results = grad[piece], output[piece], grad_x[piece]
-        for i in range(grads.size):
-            # Rounded alike, the root of a rounded square is the number itself (of all but numbers
-            # so small that their squares vanish).
-            root = widen(written(np.sqrt(widen(squares[i])), squares[i]))
-            results[i] = written(widen(grads[i]) * (root + root), results[i])
+        end = min((task + 1) * _PIECE, grad.size)
+        for low in range(task * _PIECE, end, _BLOCK):
+            high = min(low + _BLOCK, end)
+            fetch_ahead(grad, low, high)
+            fetch_ahead(output, low, high)
+            fetch_ahead(grad_x, low, high)
+            grads, squares, results = grad[low:high], output[low:high], grad_x[low:high]
+            for i in range(grads.size):
+                # Rounded alike, the root of a rounded square is the number itself (of all but
+                # numbers so small that their squares vanish).
+                root = widen(written(np.sqrt(widen(squares[i])), squares[i]))
+                results[i] = written(widen(grads[i]) * (root + root), results[i])
 
 
 def squared_relu_numba(x: Tensor) -> Tensor:

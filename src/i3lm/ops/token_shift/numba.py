@@ -16,9 +16,11 @@ from torch import Tensor
 
 from i3lm.ops.dispatch import accumulation_dtype
 from i3lm.ops.numba_bridge import (
+    AHEAD,
     as_arrays,
     as_written,
     copy,
+    fetch,
     match_threads,
     targets,
     widen,
@@ -40,6 +42,10 @@ def _forward(x, shares, state, reset, mask, outputs, final):
         for t in range(T):
             now = x[b, t, low:high]
             starts = reset.size and reset[b, t]
+            if t + AHEAD < T:
+                fetch(x[b, t + AHEAD, low:high])
+                for m in range(len(outputs)):
+                    fetch(outputs[m][b, t + AHEAD, low:high])
             for m in range(len(outputs)):
                 share, output = shares[m, low:high], outputs[m][b, t, low:high]
                 if starts:
@@ -71,6 +77,11 @@ def _backward(
         last = T  # the real token before t
         for step in range(T):
             t = T - 1 - step
+            if t >= AHEAD:
+                fetch(x[b, t - AHEAD, low:high])
+                fetch(grad_x[b, t - AHEAD, low:high])
+                for m in range(len(grads)):
+                    fetch(grads[m][b, t - AHEAD, low:high])
             if last >= t:
                 last = t - 1
                 while mask.size and last >= 0 and not mask[b, last]:
