@@ -343,8 +343,8 @@ def _type_fetch_line(typing_context: Any, array: Any, index: Any) -> tuple[Any, 
     return types.none(array, types.intp), generate
 
 
-# Inside a kernel, `fetch_line(row, i)` has the 64 bytes around a number of a vector brought into the
-# cache, to be read or written later.
+# Inside a kernel, `fetch_line(row, i)` has the 64 bytes around a number of a vector brought into
+# the cache, to be read or written later.
 fetch_line: Any = intrinsic(_type_fetch_line)
 
 # So many steps ahead a walk through time fetches what it reads and writes.
