@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,12 +101,23 @@ def test_each_token_sees_from_its_first_on(name: str, dtype: torch.dtype, B: int
         assert (a.double() - b).abs().max() / b.abs().max().clamp_min(1) < most
 
 
+def test_keys_and_values_that_do_not_fit_are_refused():
+    query = torch.zeros(1, 2, 64, 32, dtype=torch.bfloat16)
+    for wrong in (query[:, :, :-1], query[:, :1], query[..., :16], query.float()):
+        with pytest.raises(
+            ValueError, match=r"^key \(.*\) must be as query \(torch\.bfloat16, \(1, 2,"
+        ):
+            causal_attention(query, wrong, query)
+        with pytest.raises(ValueError, match=r"^value \(.*\) must be as query"):
+            causal_attention(query, query, wrong)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("window", [1, 5, 40, 200])
 def test_a_window_is_a_first(name: str, window: int):
     generator = make_generator(window)
     inputs = [torch.randn(2, 2, 200, 32, generator=generator).bfloat16() for _ in "qkv"]
-    first = (torch.arange(200) + 1 - window).clamp_min(0).expand(2, -1)
+    first = (torch.arange(200) + 1 - window).expand(2, -1)  # before 0 at the beginning
     with use_implementation(packed_attention=name):
         got = causal_attention(*inputs, first=first)
     expected = exact_attention(*(x.double() for x in inputs), first)
@@ -178,6 +194,50 @@ def test_amx_gives_the_same_bits_anywhere():
     forms.append([torch.cat(pair) for pair in zip(*alone, strict=True)])
     for form in forms:
         assert all(a.equal(b) for a, b in zip(form, expected, strict=True))
+
+
+@needs_amx
+@pytest.mark.parametrize("T", [1, 32, 70, 200])
+@pytest.mark.parametrize("D", [32, 96])
+def test_amx_stays_in_its_scratch_memory(T: int, D: int):
+    from i3lm.ops.attention import amx
+
+    made = []
+
+    def set_up(x: Tensor, scale: float, backward: bool):
+        sizes, _, (shapes, _, tasks) = made_before(x, scale, backward)
+        room = torch.full((4096 + 64 + tasks * sizes.room + 4096,), 0xA5, dtype=torch.uint8)
+        start = -(-(room.data_ptr() + 4096) // 64) * 64
+        made.append((room, start - room.data_ptr(), tasks * sizes.room))
+        return sizes, room, (shapes, start, tasks)
+
+    made_before = amx._set_up
+    inputs = torch.randn(3, 2, 3, T, D, generator=make_generator(T, D)).bfloat16().unbind()
+    expected = amx_and_gradients(inputs, torch.ones(2, 3, T, D).bfloat16(), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amx, "_set_up", set_up)
+        got = amx_and_gradients(inputs, torch.ones(2, 3, T, D).bfloat16(), None)
+    assert len(made) == 2
+    for room, start, size in made:
+        assert (room[:start] == 0xA5).all()
+        assert (room[start + size :] == 0xA5).all()
+        assert (room[start : start + size] != 0xA5).any()
+    assert all(a.equal(b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_target_without_amx_is_respected(tmp_path: Path):
+    """Else the compiler would end the process."""
+    code = (
+        "import torch; from i3lm.ops import causal_attention as attend; "
+        "x = torch.ones(1, 1, 40, 32, dtype=torch.bfloat16); print(attend(x, x, x).sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "1280.0\n"), done.stderr
 
 
 @needs_amx

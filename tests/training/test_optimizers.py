@@ -216,6 +216,47 @@ def test_one_pass_takes_averages_of_any_kind(before: torch.dtype, after: torch.d
     assert direct.state[parameter]["exp_avg_sq"].count_nonzero() == parameter.numel()
 
 
+def test_averages_in_8_bits_go_on_in_the_adamw_of_pytorch():
+    """As where no kernel serves; a parameter without a state stays without one."""
+    matrix, vector = nn.Parameter(torch.ones(37, 11)), nn.Parameter(torch.ones(37))
+    ours = OnePassAdamW([{"params": [matrix]}, {"params": [vector]}], torch.uint8)
+    matrix.grad = torch.randn(37, 11, generator=torch.Generator().manual_seed(1))
+    ours.step()
+    saved = ours.state_dict()
+    saved["state"].pop(1)
+    settings = {"weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "fused": False}
+    model = nn.Linear(11, 37).double()
+    plain = make_optimizer("adamw", model, learning_rate=1e-3, **settings)
+    plain.load_state_dict(saved)
+    average = plain.state[model.weight]["exp_avg"]
+    torch.testing.assert_close(average, 0.1 * matrix.grad.double(), rtol=1 / 8, atol=1e-5)
+    assert model.bias not in plain.state
+    assert saved["state"][0]["exp_avg"].dtype == torch.uint8  # what is loaded stays as it was
+    model(torch.ones(2, 11).double()).sum().backward()
+    plain.step()
+
+
+def test_averages_of_other_shapes_are_refused():
+    one, other = (nn.Parameter(torch.ones(shape)) for shape in ((37, 12), (37, 11)))
+    wide, narrow = OnePassAdamW([one]), OnePassAdamW([other], torch.uint8)
+    with pytest.raises(ValueError, match=r"shape \(37, 12\) is not that .* shape \(37, 11\)"):
+        narrow.load_state_dict(wide.state_dict())
+
+
+def test_one_pass_is_copied_whole_and_passes_over_empty_steps():
+    parameter = nn.Parameter(torch.ones(37, 11))
+    optimizer = OnePassAdamW([parameter], torch.uint8)
+    assert optimizer.step(lambda: torch.tensor(3.0)) == 3
+    copied = copy.deepcopy(optimizer)
+    (twin,) = copied.param_groups[0]["params"]
+    for one, p in ((optimizer, parameter), (copied, twin)):
+        p.grad = torch.randn(37, 11, generator=torch.Generator().manual_seed(1))
+        one.step()
+    assert twin is not parameter
+    assert twin.equal(parameter)
+    assert copied.state_dtype == torch.uint8
+
+
 def test_one_pass_takes_a_sparse_gradient_for_a_dense_one():
     """Bit for bit, over clipped steps whose batches have other ids; it stays sparse."""
     results = []

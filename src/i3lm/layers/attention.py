@@ -21,9 +21,9 @@ class CausalSelfAttention(nn.Module):
     """Multi-head softmax attention over the past (arXiv:1706.03762, section 3.2), with biases.
 
     Weights are computed in tiles, so that memory grows with T and not with its square: by
-    `i3lm.ops.causal_attention`, which keeps them for the backward pass up to a bound of bytes, and
-    by PyTorch's scaled_dot_product_attention with a mask or with earlier keys. A mask itself has
-    T x S entries.
+    `i3lm.ops.causal_attention`, which keeps them for the backward pass up to a bound of bytes or
+    computes them again, and by PyTorch's scaled_dot_product_attention with a mask or with earlier
+    keys. A mask itself has T x S entries.
 
     Args:
         hidden_size: Width C of the residual stream.

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
@@ -53,9 +53,11 @@ class _BFloat(ir.types.Type):
 @cache
 def missing() -> str | None:
     """Why this process cannot use the unit, or None. Linux grants it on request."""
-    features = get_host_cpu_features().split(",")
+    # What numba compiles for, which its user may have chosen.
+    named: str | None = config.CPU_FEATURES  # type: ignore[attr-defined]
+    features = (get_host_cpu_features() if named is None else named).split(",")
     if "+amx-bf16" not in features or "+avx512bf16" not in features:
-        return "this processor has no AMX"
+        return "this processor has no AMX, or numba is told so"
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"AMX is asked for on Linux, and this is {sys.platform}"
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
@@ -81,7 +83,10 @@ def shapes() -> torch.Tensor:
 
 
 def _on_addresses(count: int) -> Callable[[Callable[..., None]], Any]:
-    """Makes what emits instructions a function of so many int64 numbers, which gives nothing."""
+    """Makes what emits instructions a function of so many int64 numbers, which gives nothing.
+
+    numba asks for a typing function with as many arguments.
+    """
 
     def decorate(emit: Callable[..., None]) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:

@@ -65,7 +65,22 @@ def make_optimizer(
             f"training.optimizer_state ({state}) is for weights in float32 on a CPU, where numba "
             "works (see i3lm doctor): choose fp32"
         )
-    return AdamW(groups, **adamw)
+    plain = AdamW(groups, **adamw)
+    plain.register_load_state_dict_pre_hook(_widen_records)
+    return plain
+
+
+def _widen_records(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved state of an `OnePassAdamW` as other optimizers know it."""
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = dict(saved["state"])
+    for number, parameter in zip(numbers, parameters, strict=False):  # PyTorch compares them itself
+        state = states[number] = dict(states.get(number, {}))
+        for name, signed in OnePassAdamW.AVERAGES.items():
+            if name in state and state[name].dtype == torch.uint8:
+                state[name] = decode(state[name], signed, parameter.shape)
+    return {**saved, "state": {number: state for number, state in states.items() if state}}
 
 
 def _suit_one_pass(parameters: list[Tensor]) -> bool:
@@ -115,19 +130,20 @@ def leave_gradients_small(model: nn.Module) -> None:
 class OnePassAdamW(AdamW):
     """`torch.optim.AdamW` by `i3lm.ops.adamw_step`, with gradient clipping in the same pass.
 
-    State and settings are those of `torch.optim.AdamW`, so checkpoints of one serve the other.
+    State and settings are those of `torch.optim.AdamW`, so checkpoints of one serve the other, if
+    averages are not kept in 8 bits.
     Sparse gradients are taken for what they are, zero in the rows that they leave out: the step is
     that of dense ones.
 
     Args:
         groups: Parameter groups.
         state_dtype: What the averages are kept in: float32, bfloat16, or uint8 for records of
-            8-bit floats, which `torch.optim.AdamW` cannot read.
+            8-bit floats, which what `make_optimizer` gives elsewhere can load.
         settings: As for `torch.optim.AdamW`.
     """
 
     # And whether they have a sign.
-    _AVERAGES: ClassVar = {"exp_avg": True, "exp_avg_sq": False}
+    AVERAGES: ClassVar = {"exp_avg": True, "exp_avg_sq": False}
 
     def __init__(
         self,
@@ -139,6 +155,10 @@ class OnePassAdamW(AdamW):
         self.state_dtype = state_dtype
         self._scale = 1.0
         self._make_averages()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {"state_dtype": self.state_dtype, "_scale": self._scale}
+        return {**super().__getstate__(), **kept}
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of all gradients, a float32 scalar."""
@@ -165,6 +185,8 @@ class OnePassAdamW(AdamW):
         loss = _loss_of(closure)
         self._make_averages()  # of groups that were added, or that a loaded state lacks
         moved = self._with_gradients()
+        if not moved:
+            return loss
         states = [self.state[p] for p, _, _ in moved]
         torch._foreach_add_([state["step"] for state in states], 1)
         adamw_step(
@@ -212,25 +234,30 @@ class OnePassAdamW(AdamW):
         shapes = [average_shape(p, self.state_dtype) for p in parameters]
         line = 64  # numbers, so that each begins at a line of the cache
         sizes = [-(-shape.numel() // line) * line for shape in shapes]
-        blocks = [torch.zeros(sum(sizes), dtype=self.state_dtype) for _ in self._AVERAGES]
+        blocks = [torch.zeros(sum(sizes), dtype=self.state_dtype) for _ in self.AVERAGES]
         parts = zip(*(block.split(sizes) for block in blocks), strict=True)
         for parameter, shape, pair in zip(parameters, shapes, parts, strict=True):
             state = self.state[parameter]
             state["step"] = torch.tensor(0.0)
-            for name, part in zip(self._AVERAGES, pair, strict=True):
+            for name, part in zip(self.AVERAGES, pair, strict=True):
                 state[name] = part[: shape.numel()].view(shape)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of another; its averages become `state_dtype`."""
         super().load_state_dict(state_dict)  # which makes all of it the parameters' dtype
         for parameter, state in self.state.items():
-            for name, signed in self._AVERAGES.items():
+            for name, signed in self.AVERAGES.items():
                 state[name] = self._taken(state[name], parameter.shape, signed)
 
     def _taken(self, average: Tensor, shape: torch.Size, signed: bool) -> Tensor:
         """An average of any dtype as this optimizer keeps it, of a parameter of a shape."""
         # Records are longer than what is in them, so the shape tells.
         is_records = average.shape == records_of(shape.numel())
+        if not is_records and average.shape != shape:
+            raise ValueError(
+                f"an average of shape {tuple(average.shape)} is not that of a parameter of shape "
+                f"{tuple(shape)}"
+            )
         if is_records and self.state_dtype != torch.uint8:
             average = decode(average, signed, shape)
         elif not is_records and self.state_dtype == torch.uint8:

@@ -23,7 +23,7 @@ RECORD = BLOCK + 2
 SIGNED_CUT, UNSIGNED_CUT = 20, 19
 SIGNED_TOP, UNSIGNED_TOP = 127, 255  # the largest code
 NEAREST = 2**15  # in place of random bits
-_SIZE = 0x7FFFFFFF
+_SIZE, _ENDLESS = 0x7FFFFFFF, 0x7F800000
 
 
 def records_of(size: int) -> tuple[int, int]:
@@ -48,7 +48,8 @@ def encode(numbers: Tensor, signed: bool, random: Tensor) -> Tensor:
     cut, top = (SIGNED_CUT, SIGNED_TOP) if signed else (UNSIGNED_CUT, UNSIGNED_TOP)
     bits = blocks.view(torch.int32).long() & _SIZE
     base = ((bits.amax(1, keepdim=True) >> cut) + 1 - top).clamp_min(0)
-    codes = ((bits + (random << (cut - 16))) >> cut) - base
+    added = torch.where(bits < _ENDLESS, random << (cut - 16), 0)  # NaN must not be carried over
+    codes = ((bits + added) >> cut) - base
     if signed:
         smallest = _float((base + 1) << cut)
         share = random.float() * 2.0**-16

@@ -289,6 +289,8 @@ def adamw_step_numba(
         )
         for s in settings
     ]
+    rounds = kept != torch.float32
+    keys = [rounding_key(i, s.step) for i, s in enumerate(settings)] if rounds else []
     _steps(
         _tasks(tuple(p.numel() for p in parameters)),
         _where(parameters, read, averages, squares),
@@ -296,6 +298,6 @@ def adamw_step_numba(
         np.array(sparse, np.int64),
         np.array(factors, np.float32),
         np.float32(scale),
-        np.array([rounding_key(i, s.step) for i, s in enumerate(settings)], np.uint32),
+        np.array(keys, np.uint32),
         _KINDS[kept],
     )

@@ -20,7 +20,7 @@ _SIGNED_TOP, _UNSIGNED_TOP = np.int32(SIGNED_TOP), np.int32(UNSIGNED_TOP)
 _SIZE, _SIGN = np.int32(0x7FFFFFFF), np.int32(31)
 _SEVEN, _EIGHT, _SIXTEEN = np.int32(7), np.int32(8), np.int32(16)
 _LOW_HALF, _ONE, _ZERO = np.int32(0xFFFF), np.int32(1), np.int32(0)
-_SHARE = np.float32(2.0**-16)
+_SHARE, _ENDLESS = np.float32(2.0**-16), np.int32(0x7F800000)
 
 
 @inlined()
@@ -83,7 +83,8 @@ def store_signed(row, random, address, start):
     for i in range(BLOCK):
         whole = np.float32(row[i]).view(np.int32)
         bits, drawn = np.int32(whole & _SIZE), np.int32(np.int32(random[i]) & _LOW_HALF)
-        moved = np.int32(bits + np.int32(drawn << np.int32(_SIGNED_CUT - _SIXTEEN)))
+        added = np.int32(drawn << np.int32(_SIGNED_CUT - _SIXTEEN))
+        moved = np.int32(bits + added) if bits < _ENDLESS else bits
         code = np.int32(np.int32(moved >> _SIGNED_CUT) - base)
         if bits < edge:
             share = np.float32(drawn) * _SHARE
@@ -99,6 +100,7 @@ def store_unsigned(row, random, address, start):
     for i in range(BLOCK):
         bits = np.int32(np.float32(row[i]).view(np.int32) & _SIZE)
         drawn = np.int32(np.int32(random[i] >> np.uint32(16)) & _LOW_HALF)
-        moved = np.int32(bits + np.int32(drawn << np.int32(_UNSIGNED_CUT - _SIXTEEN)))
+        added = np.int32(drawn << np.int32(_UNSIGNED_CUT - _SIXTEEN))
+        moved = np.int32(bits + added) if bits < _ENDLESS else bits
         code = np.int32(np.int32(moved >> _UNSIGNED_CUT) - base)
         record[i] = np.uint8(max(code, _ZERO))

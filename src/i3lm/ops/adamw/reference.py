@@ -48,7 +48,7 @@ def _put(target: Tensor, value: Tensor, signed: bool, random: Tensor | None) -> 
         target.copy_(value)
         return
     if target.dtype == torch.uint8:
-        target.copy_(encode(value, signed, random))
+        target.copy_(encode(value, signed, random.to(value.device)))
         return
     bits = value.float().view(torch.int32).flatten() + random.to(value.device).int()
     target.copy_((bits & ~0xFFFF).view(torch.float32).view_as(target))

@@ -91,15 +91,21 @@ def causal_attention(
         key: Shape (B, H, T, D).
         value: Shape (B, H, T, D).
         first: The earliest position that each position sees, at most itself, shape (B, T), int64:
-            where its document begins, or its window. None means 0 for all.
+            where its document begins, or its window, perhaps before 0. None means 0 for all.
 
     Returns:
         Shape (B, H, T, D).
 
     Raises:
-        ValueError: `first` has another shape or dtype.
+        ValueError: Shapes or dtypes that do not fit together.
     """
     B, _, T, _ = query.shape
+    for name, x in (("key", key), ("value", value)):
+        if x.shape != query.shape or x.dtype != query.dtype:  # kernels follow addresses
+            raise ValueError(
+                f"{name} ({x.dtype}, {tuple(x.shape)}) must be as query ({query.dtype}, "
+                f"{tuple(query.shape)})"
+            )
     if first is not None and (first.shape != (B, T) or first.dtype != torch.int64):
         raise ValueError(
             f"first ({first.dtype}, {tuple(first.shape)}) must be torch.int64 of shape {(B, T)}"
@@ -108,4 +114,6 @@ def causal_attention(
         return _causal_torch(query, key, value, first)
     op = CAUSAL_ATTENTION if first is None else PACKED_ATTENTION
     implementation = op.choose(query.device, query.dtype).implementation
+    if first is not None:
+        first = first.clamp_min(0)
     return implementation.forward(query, key, value, first)

@@ -423,8 +423,8 @@ def _matrices(x: Tensor) -> _Matrices:
 
 def _set_up(x: Tensor, scale: float, backward: bool) -> tuple[_Sizes, Tensor, tuple[int, ...]]:
     """The sizes, the scratch memory, and what the kernels take last."""
-    H, T, D = x.shape[1:]
-    tasks, room = match_threads(), -(-_room(T, D, backward) // _LINE) * _LINE
+    B, H, T, D = x.shape
+    tasks, room = max(1, min(match_threads(), B * H)), -(-_room(T, D, backward) // _LINE) * _LINE
     rooms = torch.empty(tasks * room + _LINE, dtype=torch.uint8)
     sizes = _Sizes(H, T, D, room, np.float32(scale))
     start = -(-rooms.data_ptr() // _LINE) * _LINE
@@ -437,7 +437,7 @@ def _first(first: Tensor | None) -> list[np.ndarray]:
 
 
 def _by_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _CausalAMX(torch.autograd.Function):
