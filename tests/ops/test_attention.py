@@ -124,6 +124,8 @@ def test_a_window_is_a_first(name: str, window: int):
     assert (got.double() - expected).abs().max() < 2e-2 * expected.abs().max()
 
 
+# These look inside a kernel that only some processors can run; what holds for every implementation
+# is tested without a mark, for those that there are.
 needs_amx = pytest.mark.skipif("amx" not in NAMES, reason="this processor has no AMX")
 
 

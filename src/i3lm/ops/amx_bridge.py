@@ -54,7 +54,8 @@ class _BFloat(ir.types.Type):
 def missing() -> str | None:
     """Why this process cannot use the unit, or None. Linux grants it on request."""
     # What numba compiles for, which its user may have chosen.
-    named: str | None = config.CPU_FEATURES  # type: ignore[attr-defined]
+    settings: Any = config  # made of the environment when it is imported
+    named = settings.CPU_FEATURES
     features = (get_host_cpu_features() if named is None else named).split(",")
     if "+amx-bf16" not in features or "+avx512bf16" not in features:
         return "this processor has no AMX, or numba is told so"
