@@ -3,6 +3,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,11 @@ def test_peak_memory_grows_with_what_is_used():
     assert len(block) <= after < 2**40
 
 
+def _printed(code: str) -> str:
+    """What Python code prints in a process of its own."""
+    return subprocess.check_output([sys.executable, "-c", code], text=True)
+
+
 PAGES = """
 import resource, torch
 from i3lm.device import keep_freed_memory
@@ -64,10 +70,38 @@ print(sum(faults() for _ in range(30)))
 """
 
 
+FEW_ADDRESSES = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))"
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of the GNU C library")
-def test_freed_memory_is_kept():
-    again, kept = (
-        int(subprocess.check_output([sys.executable, "-c", PAGES.format(keep=keep)], text=True))
-        for keep in (False, True)
-    )
+@pytest.mark.parametrize("limit", ["", FEW_ADDRESSES])  # fewer than a heap in large pages takes
+def test_freed_memory_is_kept(limit: str):
+    again, kept = (int(_printed(limit + PAGES.format(keep=keep))) for keep in (False, True))
     assert 2 * kept < again  # the first few find no block that is free and large enough
+
+
+LARGE_PAGES = """
+import re, torch
+from pathlib import Path
+from i3lm.device import keep_freed_memory
+assert keep_freed_memory()
+block = torch.ones(2**24)  # 64 MiB
+sizes = re.findall(r"AnonHugePages: +([0-9]+) kB", Path("/proc/self/smaps").read_text())
+print(sum(map(int, sizes)))
+"""
+
+
+def _large_pages_are_given() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    promise = Path("/proc/sys/vm/overcommit_memory")
+    return (
+        platform.libc_ver()[0] == "glibc"
+        and setting.exists()
+        and "[never]" not in setting.read_text(encoding="ascii")
+        and promise.read_text(encoding="ascii").strip() != "2"
+    )
+
+
+@pytest.mark.skipif(not _large_pages_are_given(), reason="this system gives no large pages")
+def test_large_blocks_lie_in_large_pages():
+    assert int(_printed(LARGE_PAGES)) >= 2**24 * 4 // 1024 // 2

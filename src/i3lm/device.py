@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import random
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -128,20 +130,47 @@ def empty_in_large_pages(size: int) -> torch.Tensor:
 
 
 def keep_freed_memory() -> bool:
-    """Makes the C library keep large freed blocks for the next step instead of returning them.
+    """Makes the C library keep freed blocks for the next step, in large pages where it can.
 
-    glibc maps every block beyond 32 MiB afresh, and the kernel then clears it page by page at
-    first touch: a third of a training step on a CPU (benchmarks/NOTES.md). For the whole process,
-    and only on Linux with glibc.
+    glibc maps large blocks afresh and returns them, and the kernel then clears them page by page at
+    first touch: a third of a training step on a CPU. And what is read across the rows of matrices
+    meets a page of 4 KiB at every step, so that the processor's table of pages is waited for
+    (benchmarks/NOTES.md). For the whole process, and only on Linux with glibc.
 
     Returns:
         Whether it took effect.
     """
     if not sys.platform.startswith("linux"):
         return False
+    library = ctypes.CDLL(None)
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
+        mallopt = library.mallopt
+    except AttributeError:  # another C library
         return False
-    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # from malloc.h
-    return bool(mallopt(mmap_threshold, most) and mallopt(trim_threshold, most))
+    trim_threshold, most_mapped = -1, -4  # from malloc.h
+    if not (mallopt(most_mapped, 0) and mallopt(trim_threshold, -1)):  # nothing mapped, no trimming
+        return False
+    _extend_heap_in_large_pages(library)
+    return True
+
+
+def _extend_heap_in_large_pages(library: ctypes.CDLL) -> None:
+    """Has the heap grow into large pages: addresses for most of the machine's memory, untouched.
+
+    Where so many addresses are not to be had (a limit of the process, or a system that promises no
+    more memory than it has), the heap stays as it is.
+    """
+    large_pages, page = getattr(mmap, "MADV_HUGEPAGE", None), 2**21
+    if large_pages is None:
+        return
+    promise = Path("/proc/sys/vm/overcommit_memory")
+    if promise.exists() and promise.read_text(encoding="ascii").strip() == "2":
+        return  # each address would count as memory that other processes cannot have
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 * 7
+    if block := library.malloc(size):
+        first, last = -(-block // page) * page, (block + size) // page * page
+        library.madvise(first, last - first, large_pages)  # a system without them refuses
+        library.free(block)
