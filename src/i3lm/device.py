@@ -123,7 +123,8 @@ def empty_in_large_pages(size: int) -> torch.Tensor:
     large_pages = getattr(mmap, "MADV_HUGEPAGE", None)
     if large_pages is None or size == 0:
         return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size)
+    # Of this process alone: large pages of shared memory are a setting of their own, mostly off.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a system built without them
         memory.madvise(large_pages)
     return torch.frombuffer(memory, dtype=torch.uint8)
