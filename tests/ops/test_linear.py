@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from i3lm.ops import linear
 from i3lm.ops.dispatch import processor_vendor, use_implementation
-from i3lm.ops.linear import FEW_ROWS, LINEAR, has_tiles
+from i3lm.ops.linear import FEW_ROWS, LINEAR, NARROW_PRODUCT, has_tiles, multiply
 from i3lm.ops.linear.numba import few_rows
 from i3lm.ops.linear.numba_transpose import narrow_and_transpose, transpose
 from tests.ops.drawing import make_generator
@@ -85,15 +85,29 @@ def test_autocast_and_low_precision_keep_their_dtype():
     assert linear(x.double(), weight.double()).dtype == torch.float64
 
 
-# The third has as many rows and columns as are taken in pieces where the processor has tiles.
-@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 70, 40, 33), (4, 200, 1024, 512)])
+NARROW = [
+    i.name
+    for i in NARROW_PRODUCT.implementations
+    if i.refuses(torch.device("cpu"), torch.bfloat16) is None
+]
+needs_amx = pytest.mark.skipif("amx" not in NARROW, reason="this processor has no AMX")
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 5, 7, 3), (1, 70, 40, 33), (4, 200, 1024, 512), (3, 50, 96, 160)]
+)
 # oneDNN need not multiply bfloat16 on other processors, as it does to add a bias at the end.
 @pytest.mark.parametrize(
     ("has_tiles", "has_bias"),
     [(False, False), (False, True), (True, False), *([(True, True)] if has_tiles() else [])],
 )
+@pytest.mark.parametrize("name", NARROW)
 def test_products_under_autocast(
-    shape: tuple[int, ...], has_tiles: bool, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...],
+    has_tiles: bool,
+    has_bias: bool,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(sys.modules["i3lm.ops.linear"], "has_tiles", lambda: has_tiles)
     *before, inner, outer = shape
@@ -103,11 +117,12 @@ def test_products_under_autocast(
     exact = [torch.randn(s, generator=generator).bfloat16().double() for s in shapes]
     inputs = [x.float().requires_grad_() for x in exact]
     exact = [x.requires_grad_() for x in exact]
-    with torch.autocast("cpu", torch.bfloat16):
-        got = linear(*inputs)
     expected = F.linear(*exact)
     weights = torch.randn(expected.shape, generator=generator).bfloat16()
-    grads = torch.autograd.grad(got, inputs, weights)
+    with use_implementation(narrow_product=name):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = linear(*inputs)
+        grads = torch.autograd.grad(got, inputs, weights)
     wanted = torch.autograd.grad(expected, exact, weights.double())
     assert got.dtype == torch.bfloat16
     for a, b in zip((got, *grads), (expected, *wanted), strict=True):
@@ -116,6 +131,99 @@ def test_products_under_autocast(
         torch.testing.assert_close(
             a.double(), b, rtol=2**-7, atol=2**-8 * b.detach().abs().max().item()
         )
+
+
+def _lies(x: torch.Tensor, by_rows: bool, margin: int) -> torch.Tensor:
+    """The matrix with its rows or its columns in one piece each, so many numbers apart."""
+    x = x if by_rows else x.T
+    wide = torch.full((x.shape[0], x.shape[1] + margin), torch.nan, dtype=x.dtype)
+    wide[:, : x.shape[1]] = x
+    view = wide[:, : x.shape[1]]
+    return view if by_rows else view.T
+
+
+@needs_amx
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_amx_rounds_a_product_once(data: st.DataObject):
+    from i3lm.ops.linear import amx
+
+    x_by_rows, y_by_rows = data.draw(st.booleans()), data.draw(st.booleans())
+    some, whole = st.integers(1, 300), st.integers(1, 9).map(lambda n: 32 * n)
+    M = data.draw(some if x_by_rows else whole)
+    K = data.draw(whole if x_by_rows or not y_by_rows else some)
+    N, wide = data.draw(whole), data.draw(st.booleans())
+    has_bias, tasks = data.draw(st.booleans()), data.draw(st.integers(1, 6))
+    generator = make_generator(M, K, N)
+    margins = [data.draw(st.sampled_from([0, 1, 32])) for _ in range(2)]
+    x = _lies(torch.randn(M, K, generator=generator).bfloat16(), x_by_rows, margins[0])
+    y = torch.randn(K, N, generator=generator)
+    y = _lies(y if wide else y.bfloat16(), y_by_rows, margins[1])
+    bias = torch.randn(N, generator=generator) if has_bias else None
+    assert amx.refuses(x, y) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amx, "match_threads", lambda: tasks)
+        got, sums = amx.multiply(x, y, bias, wants_sums=not x_by_rows)
+    assert got.is_contiguous()
+    narrow = y.bfloat16().double()
+    expected = x.double() @ narrow + (0 if bias is None else bias.double())
+    # Half a last bit of bfloat16, and what the order of a sum in float32 may change.
+    terms = x.double().abs() @ narrow.abs() + 1
+    assert ((got.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5 * terms).all()
+    if sums is not None:
+        torch.testing.assert_close(sums.double(), x.double().sum(1), rtol=1e-5, atol=1e-3)
+        sums_of_one, product_of_one = amx.multiply(x, y, bias, wants_sums=True)[::-1]
+        # The same bits for any number of threads.
+        assert torch.equal(sums_of_one, sums)
+        assert torch.equal(product_of_one, got)
+
+
+@needs_amx
+def test_a_nan_reaches_its_own_row_and_column_alone():
+    from i3lm.ops.linear import amx
+
+    # The last rows of a block, and of a sum, which are filled up.
+    x, y = torch.ones(45, 64).bfloat16(), torch.ones(64, 96)
+    x[44, 63] = torch.nan
+    rows = amx.multiply(x, y, None, wants_sums=False)[0].isnan()
+    assert rows[44].all()
+    assert not rows[:44].any()
+    turned = torch.ones(45, 64).bfloat16().T, torch.ones(45, 96).bfloat16()
+    turned[0][63, 44] = torch.nan
+    product, sums = amx.multiply(*turned, None, wants_sums=True)
+    assert product.isnan()[63].all()
+    assert not product[:63].isnan().any()
+    assert sums.isnan().nonzero().tolist() == [[63]]
+    turned[0][63, 44], turned[1][44, 95] = 1, torch.inf
+    product, _ = amx.multiply(*turned, None, wants_sums=False)
+    assert product[:, 95].isinf().all()
+    assert product[:, :95].isfinite().all()
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("x", "y", "reason"),
+    [
+        (torch.ones(4, 32), torch.ones(32, 32), "bfloat16"),
+        (torch.ones(4, 32).bfloat16(), torch.ones(32, 32).double(), "float64"),
+        (torch.ones(4, 64).bfloat16()[:, ::2], torch.ones(32, 32), "one piece"),
+        (torch.ones(()).bfloat16().expand(4, 32), torch.ones(32, 32), "one piece"),
+        (torch.ones(4, 33).bfloat16(), torch.ones(33, 32), "multiples of 32"),
+        (torch.ones(4, 32).bfloat16(), torch.ones(32, 33), "multiples of 32"),
+        (torch.ones(32, 33).bfloat16().T, torch.ones(32, 32), "multiples of 32"),
+        (torch.ones(0, 32).bfloat16(), torch.ones(32, 32), "multiples of 32"),
+        (torch.ones(4128, 32).bfloat16(), torch.ones(32, 32), "up to 4096"),
+        (torch.ones(4, 4128).bfloat16(), torch.ones(4128, 32), "up to 4096"),
+    ],
+)
+def test_what_amx_refuses_goes_to_the_library(x: torch.Tensor, y: torch.Tensor, reason: str):
+    from i3lm.ops.linear import amx
+
+    assert reason in amx.refuses(x, y)
+    if x.dtype == torch.bfloat16:
+        product, sums = multiply(x, y, wants_sums=True)
+        torch.testing.assert_close(product.double(), x.double() @ y.double(), rtol=2**-8, atol=0)
+        torch.testing.assert_close(sums.double(), x.double().sum(1), rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("has_tiles", [False, True])

@@ -19,11 +19,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import config, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
+
+# For the one instruction below that LLVM cannot be asked for otherwise.
+binding.initialize_native_asmparser()
 
 SIDE = 32  # rows and columns of a block of the result, and what one step takes of the sum
 PAIR_BYTES = 2048  # of two tiles
@@ -174,28 +177,40 @@ def store_block(builder, address, stride):
         _instruct(builder, "llvm.x86.tilestored64", _BYTE(tile), _pointer(builder, place), stride)
 
 
-@_on_addresses(2)
-def add_product(builder, left, right):
-    """Adds the product of a pair of tiles of rows and a pair of tiles of columns to the block."""
-    rows, columns = (4, 5), (6, 7)
+def _add_product(builder: Any, left: Any, stride: Any, right: Any) -> None:
+    """Adds a product to the block: of 32 rows so many bytes apart, and a pair of tiles."""
+    rows, columns, line = (4, 5), (6, 7), _INTEGER(64)
+    below = builder.add(left, builder.mul(stride, _INTEGER(16)))
 
-    def load(tile: int, first: Any, which: int) -> None:
-        place = _pointer(builder, _after(builder, first, which * PAIR_BYTES // 2))
-        _instruct(builder, "llvm.x86.tileloadd64", _BYTE(tile), place, _INTEGER(64))
+    def load(tile: int, place: Any, stride: Any) -> None:
+        place = _pointer(builder, place)
+        _instruct(builder, "llvm.x86.tileloadd64", _BYTE(tile), place, stride)
 
     def multiply(down: int, across: int) -> None:
         operands = _BYTE(rows[down]), _BYTE(columns[across])
         _instruct(builder, "llvm.x86.tdpbf16ps", _BYTE(2 * down + across), *operands)
 
     # Products begin as soon as their operands are there.
-    load(rows[0], left, 0)
-    load(columns[0], right, 0)
+    load(rows[0], left, stride)
+    load(columns[0], right, line)
     multiply(0, 0)
-    load(columns[1], right, 1)
+    load(columns[1], _after(builder, right, PAIR_BYTES // 2), line)
     multiply(0, 1)
-    load(rows[1], left, 1)
+    load(rows[1], below, stride)
     multiply(1, 0)
     multiply(1, 1)
+
+
+@_on_addresses(2)
+def add_product(builder, left, right):
+    """Adds the product of a pair of tiles of rows and a pair of tiles of columns to the block."""
+    _add_product(builder, left, _INTEGER(64), right)
+
+
+@_on_addresses(3)
+def add_product_of_rows(builder, left, stride, right):
+    """As `add_product`, of 32 rows of 32 numbers where they lie, so many bytes apart."""
+    _add_product(builder, left, stride, right)
 
 
 def _narrow(builder: Any, low: Any, high: Any) -> Any:
@@ -225,6 +240,49 @@ def narrow_product(builder, source, factors, target):
     """Writes the products of 32 float32 numbers and 32 factors as bfloat16."""
     pairs = zip(_load_row(builder, source), _load_row(builder, factors), strict=True)
     _store(builder, _narrow(builder, *(builder.fmul(*pair) for pair in pairs)), target, 2)
+
+
+@_on_addresses(3)
+def narrow_sum_past_cache(builder, source, summands, target):
+    """Writes the sums of 32 float32 numbers and 32 others as bfloat16, past the caches.
+
+    The target is a whole line, which is not read before; others see it after
+    `end_writing_past_cache`. LLVM drops the mark of such a store from vectors of bfloat16 numbers,
+    hence the instruction itself.
+    """
+    pairs = zip(_load_row(builder, source), _load_row(builder, summands), strict=True)
+    sums = _narrow(builder, *(builder.fadd(*pair) for pair in pairs))
+    halves = builder.bitcast(sums, _FLOATS)
+    form = ir.FunctionType(ir.VoidType(), [_FLOATS, _INTEGER])
+    constraints = "v,r,~{memory}"
+    builder.asm(form, "vmovntps $0, ($1)", constraints, [halves, target], side_effect=True)
+
+
+@_on_addresses(0)
+def end_writing_past_cache(builder):
+    """Has all that was written past the cache seen before what is written after it."""
+    _instruct(builder, "llvm.x86.sse.sfence")
+
+
+@_on_addresses(3)
+def add_lines(builder, source, stride, sums):
+    """Adds 32 lines of 16 bfloat16 numbers to 16 sums, float32, one line after the other."""
+    total = _load(builder, _FLOATS, sums, 4)
+    for line in range(SIDE):
+        place = _after(builder, source, builder.mul(stride, _INTEGER(line)))
+        words = builder.zext(_load(builder, _HALVES, place, 2), _WORDS)
+        shifted = builder.shl(words, ir.Constant(_WORDS, [16] * 16))
+        total = builder.fadd(total, builder.bitcast(shifted, _FLOATS))
+    _store(builder, total, sums, 4)
+
+
+@_on_addresses(1)
+def fetch_far(builder, address):
+    """Has the 64 bytes around an address brought into the second cache, to be read later."""
+    integer = ir.IntType(32)
+    of_reading, second, data = integer(0), integer(2), integer(1)
+    place = _pointer(builder, address)
+    _instruct(builder, "llvm.prefetch.p0i8", place, of_reading, second, data)
 
 
 @_on_addresses(2)
@@ -304,7 +362,7 @@ def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
-def _packer(upright: bool, second: bool) -> Any:
+def _packer(upright: bool, second: bool, wide: bool = False) -> Any:
     """Makes a function that writes a tile of bfloat16 numbers.
 
     It takes the address of the first number, the bytes from one line of them to the next, and the
@@ -314,7 +372,20 @@ def _packer(upright: bool, second: bool) -> Any:
         upright: Whether the lines are 16 rows of the operand, of 32 numbers to be summed over; else
             each of 32 lines has a number of every row.
         second: Whether it is the second operand.
+        wide: Whether the numbers are float32, to be rounded to the nearest, or even.
     """
+
+    def row_of(builder: Any, place: Any) -> Any:
+        if wide:
+            return _narrow(builder, *_load_row(builder, place))
+        return _load(builder, _ALL_HALVES, place, 2)
+
+    def in_pairs(builder: Any, *places: Any) -> Any:
+        if wide:
+            halves = _narrow(builder, *(_load(builder, _FLOATS, x, 4) for x in places))
+            return _shuffle(builder, halves, halves, _IN_PAIRS)
+        one, next_one = (_load(builder, _HALVES, x, 2) for x in places)
+        return _shuffle(builder, one, next_one, _IN_PAIRS)
 
     def emit(builder: Any, source: Any, stride: Any, tile: Any) -> None:
         pairs = []
@@ -322,11 +393,9 @@ def _packer(upright: bool, second: bool) -> Any:
             line = row if upright else 2 * row
             place = _after(builder, source, builder.mul(stride, _INTEGER(line)))
             if upright:
-                halves = _load(builder, _ALL_HALVES, place, 2)
+                halves = row_of(builder, place)
             else:  # a number and that of the next line are a pair
-                places = place, _after(builder, place, stride)
-                one, next_one = (_load(builder, _HALVES, x, 2) for x in places)
-                halves = _shuffle(builder, one, next_one, _IN_PAIRS)
+                halves = in_pairs(builder, place, _after(builder, place, stride))
             pairs.append(builder.bitcast(halves, _WORDS))
         for row, words in enumerate(_transpose(builder, pairs) if upright == second else pairs):
             _store(builder, words, _after(builder, tile, 64 * row), 64)
@@ -339,3 +408,5 @@ pack_rows = _packer(upright=True, second=False)
 pack_columns = _packer(upright=False, second=False)
 pack_second_rows = _packer(upright=True, second=True)
 pack_second_columns = _packer(upright=False, second=True)
+pack_wide_second_rows = _packer(upright=True, second=True, wide=True)
+pack_wide_second_columns = _packer(upright=False, second=True, wide=True)

@@ -203,6 +203,17 @@ def numba_refuses_bits(device: torch.device, dtype: torch.dtype) -> str | None:
     return numba_refuses(device, torch.float32 if dtype == torch.bfloat16 else dtype)
 
 
+def amx_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels for a processor's matrix unit cannot serve a device and dtype, or None."""
+    if dtype != torch.bfloat16:
+        return f"serves bfloat16, not {dtype}"
+    if (reason := numba_refuses_bits(device, dtype)) is not None:
+        return reason
+    from i3lm.ops.amx_bridge import missing
+
+    return missing()
+
+
 @functools.cache
 def _numba_failure() -> str | None:
     """Why numba cannot run in this process, or None."""

@@ -15,7 +15,7 @@ from i3lm.ops.cross_entropy import SOFTMAX_LOSS, linear_cross_entropy
 from i3lm.ops.decoding_step import DECODING_STEP, reference
 from i3lm.ops.dispatch import Op, use_implementation
 from i3lm.ops.gelu import GELU, gelu
-from i3lm.ops.linear import LINEAR, LINEAR_OF_FEW_ROWS, linear
+from i3lm.ops.linear import LINEAR, LINEAR_OF_FEW_ROWS, NARROW_PRODUCT, linear, multiply
 from i3lm.ops.squared_relu import SQUARED_RELU, squared_relu
 from i3lm.ops.state_space import STATE_SPACE, state_space
 from i3lm.ops.token_shift import TOKEN_SHIFT_MIX, token_shift_mix
@@ -92,6 +92,14 @@ def _linear(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     inputs = _normal(device, dtype, (2, 50, 64), (96, 64), (96,))
     output = linear(*inputs)
     return [output, *_gradients(output, inputs)]
+
+
+@torch.no_grad()
+def _narrow_product(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    x, weight, bias, grad = _normal(device, dtype, (50, 64), (96, 64), (96,), (50, 96))
+    of_weight, of_bias = multiply(grad.T, x, wants_sums=True)
+    assert of_bias is not None
+    return [multiply(x, weight.T, bias)[0], multiply(grad, weight)[0], of_weight, of_bias]
 
 
 @torch.no_grad()
@@ -196,6 +204,7 @@ CHECKS = {
         Check(SQUARED_RELU, torch.float32, TOLERANCE, _squared_relu),
         Check(SOFTMAX_LOSS, torch.float32, TOLERANCE, _loss),
         Check(LINEAR, torch.float32, TOLERANCE, _linear),
+        Check(NARROW_PRODUCT, torch.bfloat16, 3e-2, _narrow_product),
         Check(LINEAR_OF_FEW_ROWS, torch.float32, TOLERANCE, _few_rows),
         Check(GRADIENT_NORM, torch.float32, TOLERANCE, _gradient_norm),
         Check(ADAMW_STEP, torch.float32, TOLERANCE, _adamw),

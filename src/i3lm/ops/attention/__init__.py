@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from i3lm.ops.attention.tiles import causal_tiles
-from i3lm.ops.dispatch import Implementation, Op, numba_refuses_bits
+from i3lm.ops.dispatch import Implementation, Op, amx_refuses, numba_refuses_bits
 
 
 def _causal_amx(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None) -> Tensor:
@@ -26,14 +26,6 @@ def _numba_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype != torch.bfloat16:
         return f"serves bfloat16, not {dtype}"
     return numba_refuses_bits(device, dtype)
-
-
-def _amx_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    if (reason := _numba_refuses(device, dtype)) is not None:
-        return reason
-    from i3lm.ops.amx_bridge import missing
-
-    return missing()
 
 
 def _tiles_refuse(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -58,7 +50,7 @@ def _causal_torch(query: Tensor, key: Tensor, value: Tensor, first: Tensor | Non
 CAUSAL_ATTENTION = Op(
     "causal_attention",
     [
-        Implementation("amx", _causal_amx, refuses=_amx_refuses),
+        Implementation("amx", _causal_amx, refuses=amx_refuses),
         Implementation("numba", _causal_numba, refuses=_numba_refuses),
         Implementation("tiles", causal_tiles, refuses=_tiles_refuse),
         Implementation("torch", _causal_torch),
@@ -67,7 +59,7 @@ CAUSAL_ATTENTION = Op(
 PACKED_ATTENTION = Op(
     "packed_attention",
     [
-        Implementation("amx", _causal_amx, refuses=_amx_refuses),
+        Implementation("amx", _causal_amx, refuses=amx_refuses),
         Implementation("numba", _causal_numba, refuses=_numba_refuses),
         Implementation("tiles", causal_tiles, refuses=_packed_tiles_refuse),
         Implementation("torch", _causal_torch),

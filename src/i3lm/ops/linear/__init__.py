@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from i3lm.ops.dispatch import (
     Implementation,
     Op,
+    amx_refuses,
     gradient_dtype,
     numba_refuses_bits,
     processor_vendor,
@@ -21,9 +22,6 @@ from i3lm.ops.dispatch import (
 FEW_ROWS = 4
 # What autocast turns into its own dtype.
 _NARROWABLE = (torch.float32, torch.bfloat16, torch.float16)
-# With so many rows a product of bfloat16 tiles is slow (of few columns and a large inner size), and
-# so many of its columns are not.
-_SLOW_ROWS, _PIECE = range(768, 1153), 256
 
 
 def _onednn_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -86,73 +84,94 @@ class _Narrowed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, dtype):
-        low, narrow = x.to(dtype), weight.to(dtype)
+        low = x.to(dtype)
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(low if wants_weight else None, narrow if wants_x else None)
+        output, matrix = _multiply_kept(low.flatten(0, -2), weight, bias)
+        ctx.save_for_backward(low if wants_weight else None, matrix if wants_x else None)
         ctx.dtypes = x.dtype, gradient_dtype(weight), None if bias is None else bias.dtype
-        offset = None if bias is None else bias.to(dtype)
-        return _narrow_product(low.flatten(0, -2), narrow, offset).unflatten(0, x.shape[:-1])
+        return output.unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        low, narrow = ctx.saved_tensors
+        low, matrix = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.dtypes
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         flat, shape = grad.flatten(0, -2), grad.shape[:-1]
         grad_x = grad_weight = grad_bias = None
         if wants_x:
-            grad_x = _narrow_product(flat, narrow.T).unflatten(0, shape).to(of_x)
+            grad_x = multiply(flat, matrix)[0].unflatten(0, shape).to(of_x)
         if wants_weight:
-            turned, sums = _turn(flat, wants_bias)
-            grad_weight = torch.mm(turned, low.flatten(0, -2)).to(of_weight or grad.dtype)
+            product, sums = multiply(flat.T, low.flatten(0, -2), wants_sums=wants_bias)
+            grad_weight = product.to(of_weight or grad.dtype)
             grad_bias = None if sums is None else sums.to(of_bias)
         elif wants_bias:
             grad_bias = flat.sum(dim=0).to(of_bias)
         return grad_x, grad_weight, grad_bias, None
 
 
-@functools.cache
-def has_tiles() -> bool:
-    """Whether the processor multiplies tiles of bfloat16 (AMX), and PyTorch has oneDNN for it."""
-    return _has_onednn() and bool(torch.cpu._is_amx_tile_supported())
+def _multiply_kept(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gives ``x @ weight.T + bias``, and the matrix that the gradient of x is to be taken with."""
+    name = NARROW_PRODUCT.choose(x.device, x.dtype).implementation.name
+    # A kernel narrows it as it reads it; others would in each product.
+    matrix = weight if name == "amx" else weight.to(x.dtype)
+    return multiply(x, matrix.T, bias)[0], matrix
+
+
+def multiply(
+    x: Tensor, y: Tensor, bias: Tensor | None = None, wants_sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Gives ``x @ y + bias`` in the dtype of x, a narrow one, and the sums of x's rows or None.
+
+    Without gradients of its own.
+
+    Args:
+        x: Shape (M, K), bfloat16 or float16.
+        y: Shape (K, N), of that dtype or float32; taken as that.
+        bias: Shape (N,), or None.
+        wants_sums: Whether the sums are wanted, shape (M,).
+    """
+    implementation = NARROW_PRODUCT.choose(x.device, x.dtype).implementation
+    return implementation.forward(x, y, bias, wants_sums)
+
+
+def _multiply_by_tiles(
+    x: Tensor, y: Tensor, bias: Tensor | None, wants_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    from i3lm.ops.linear import amx
+
+    if amx.refuses(x, y) is None and not (wants_sums and x.stride(1) == 1):
+        return amx.multiply(x, y, bias, wants_sums)
+    return _multiply_by_library(x, y, bias, wants_sums)
+
+
+def _multiply_by_library(
+    x: Tensor, y: Tensor, bias: Tensor | None, wants_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    weight, sums = y.T.to(x.dtype), None
+    low = None if bias is None else bias.to(x.dtype)
+    # With tiles, oneDNN multiplies a transposed bfloat16 matrix at half speed: it is written down.
+    # And a bias is best added by it at the end; PyTorch has the product added to what it wrote
+    # everywhere before (benchmarks/NOTES.md).
+    tiles = has_tiles() and x.dtype == torch.bfloat16
+    if tiles and x.stride(0) == 1 and numba_refuses_bits(x.device, x.dtype) is None:
+        from i3lm.ops.linear.numba_transpose import transpose
+
+        x, sums = transpose(x.T, wants_sums)
+    elif wants_sums:
+        sums = x.sum(dim=1, dtype=torch.float32)
+    product = F.linear if low is None or not tiles else _product
+    return product(x, weight, low), sums
 
 
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _narrow_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Gives ``x @ weight.T + bias`` of matrices (M, K) and (N, K) in a narrow dtype.
-
-    With tiles, the output takes half the time in pieces of few columns where it has about a
-    thousand rows and K is large. And PyTorch would have the product added to a bias that it wrote
-    everywhere before; oneDNN adds one at the end (benchmarks/NOTES.md).
-    """
-    if x.dtype != torch.bfloat16 or not has_tiles():
-        return F.linear(x, weight, bias)
-    (rows, inner), columns = x.shape, weight.shape[0]
-    is_slow = rows in _SLOW_ROWS and _PIECE < columns <= 3 * _PIECE and inner >= 2 * columns
-    if not is_slow or columns % _PIECE:
-        return F.linear(x, weight) if bias is None else _product(x, weight, bias)
-    output = x.new_empty(rows, columns)
-    for start in range(0, columns, _PIECE):
-        piece = slice(start, start + _PIECE)
-        torch.mm(x, weight[piece].T, out=output[:, piece])
-    return output if bias is None else output.add_(bias)
-
-
-def _turn(grad: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor | None]:
-    """The transpose of a gradient, for the product with an input, and perhaps sums of its columns.
-
-    With tiles, oneDNN multiplies a transposed bfloat16 matrix at half speed: it is written down.
-    """
-    bits = has_tiles() and grad.dtype == torch.bfloat16
-    if not bits or numba_refuses_bits(grad.device, grad.dtype):
-        return grad.T, grad.sum(dim=0) if wants_sums else None
-    from i3lm.ops.linear.numba_transpose import transpose
-
-    return transpose(grad, wants_sums)
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (AMX), and PyTorch has oneDNN for it."""
+    return _has_onednn() and bool(torch.cpu._is_amx_tile_supported())
 
 
 # Of one row or a few, as in decoding.
@@ -168,6 +187,16 @@ LINEAR = Op(
     [
         Implementation("onednn", _OneDNN.apply, refuses=_onednn_refuses),
         Implementation("torch", F.linear),
+    ],
+)
+
+
+# Of matrices in autocast's dtype.
+NARROW_PRODUCT = Op(
+    "narrow_product",
+    [
+        Implementation("amx", _multiply_by_tiles, refuses=amx_refuses),
+        Implementation("torch", _multiply_by_library),
     ],
 )
 
