@@ -159,18 +159,28 @@ def _extend_heap_in_large_pages(library: ctypes.CDLL) -> None:
     """Has the heap grow into large pages: addresses for most of the machine's memory, untouched.
 
     Where so many addresses are not to be had (a limit of the process, or a system that promises no
-    more memory than it has), the heap stays as it is.
+    more memory than it has), or would be touched, the heap stays as it is.
     """
+    import resource  # not on Windows
+
     large_pages, page = getattr(mmap, "MADV_HUGEPAGE", None), 2**21
-    if large_pages is None:
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if large_pages is None or any(limit != resource.RLIM_INFINITY for limit in limits):
         return
-    promise = Path("/proc/sys/vm/overcommit_memory")
-    if promise.exists() and promise.read_text(encoding="ascii").strip() == "2":
-        return  # each address would count as memory that other processes cannot have
+    if "MALLOC_PERTURB_" in os.environ or "perturb" in os.environ.get("GLIBC_TUNABLES", ""):
+        return  # a debugging aid of glibc, which fills every block
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 * 7
+    try:
+        # Where it counts each address as memory, other processes could not have it.
+        if Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2":
+            return
+        # A heap that could not grow so far would be left for another one.
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        return
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 * 7
     if block := library.malloc(size):
         first, last = -(-block // page) * page, (block + size) // page * page
         library.madvise(first, last - first, large_pages)  # a system without them refuses

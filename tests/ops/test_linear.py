@@ -154,28 +154,32 @@ def test_amx_rounds_a_product_once(data: st.DataObject):
     K = data.draw(whole if x_by_rows or not y_by_rows else some)
     N, wide = data.draw(whole), data.draw(st.booleans())
     has_bias, tasks = data.draw(st.booleans()), data.draw(st.integers(1, 6))
+    packed = data.draw(st.sampled_from([2**12, 2**14, 2**19]))  # so that it takes several pieces
     generator = make_generator(M, K, N)
     margins = [data.draw(st.sampled_from([0, 1, 32])) for _ in range(2)]
     x = _lies(torch.randn(M, K, generator=generator).bfloat16(), x_by_rows, margins[0])
     y = torch.randn(K, N, generator=generator)
     y = _lies(y if wide else y.bfloat16(), y_by_rows, margins[1])
     bias = torch.randn(N, generator=generator) if has_bias else None
-    assert amx.refuses(x, y) is None
+    assert amx.refuses(x, y, bias, not x_by_rows) is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(amx, "match_threads", lambda: tasks)
+        patch.setattr(amx, "_MANY", packed)
         got, sums = amx.multiply(x, y, bias, wants_sums=not x_by_rows)
+        patch.undo()
+        patch.setattr(amx, "match_threads", lambda: 1)
+        of_one = amx.multiply(x, y, bias, wants_sums=not x_by_rows)
     assert got.is_contiguous()
     narrow = y.bfloat16().double()
     expected = x.double() @ narrow + (0 if bias is None else bias.double())
     # Half a last bit of bfloat16, and what the order of a sum in float32 may change.
     terms = x.double().abs() @ narrow.abs() + 1
     assert ((got.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5 * terms).all()
+    # The same bits for any number of threads.
+    assert torch.equal(of_one[0], got)
     if sums is not None:
         torch.testing.assert_close(sums.double(), x.double().sum(1), rtol=1e-5, atol=1e-3)
-        sums_of_one, product_of_one = amx.multiply(x, y, bias, wants_sums=True)[::-1]
-        # The same bits for any number of threads.
-        assert torch.equal(sums_of_one, sums)
-        assert torch.equal(product_of_one, got)
+        assert torch.equal(of_one[1], sums)
 
 
 @needs_amx
@@ -200,36 +204,90 @@ def test_a_nan_reaches_its_own_row_and_column_alone():
     assert product[:, :95].isfinite().all()
 
 
+def _numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, generator=make_generator(*shape)).to(dtype)
+
+
 @needs_amx
 @pytest.mark.parametrize(
     ("x", "y", "reason"),
     [
-        (torch.ones(4, 32), torch.ones(32, 32), "bfloat16"),
-        (torch.ones(4, 32).bfloat16(), torch.ones(32, 32).double(), "float64"),
-        (torch.ones(4, 64).bfloat16()[:, ::2], torch.ones(32, 32), "one piece"),
-        (torch.ones(()).bfloat16().expand(4, 32), torch.ones(32, 32), "one piece"),
-        (torch.ones(4, 33).bfloat16(), torch.ones(33, 32), "multiples of 32"),
-        (torch.ones(4, 32).bfloat16(), torch.ones(32, 33), "multiples of 32"),
-        (torch.ones(32, 33).bfloat16().T, torch.ones(32, 32), "multiples of 32"),
-        (torch.ones(0, 32).bfloat16(), torch.ones(32, 32), "multiples of 32"),
-        (torch.ones(4128, 32).bfloat16(), torch.ones(32, 32), "up to 4096"),
-        (torch.ones(4, 4128).bfloat16(), torch.ones(4128, 32), "up to 4096"),
+        (_numbers(4, 64)[:, ::2], _numbers(32, 32), "one piece"),
+        (_numbers(1, 1).expand(4, 32), _numbers(32, 32), "one piece"),
+        (_numbers(4, 33), _numbers(33, 32), "multiples of 32"),
+        (_numbers(4, 32), _numbers(32, 33), "multiples of 32"),
+        (_numbers(32, 33).T, _numbers(32, 32), "multiples of 32"),
+        (_numbers(0, 32), _numbers(32, 32), "multiples of 32"),
+        (_numbers(4, 32), _numbers(32, 32), "sums"),
+        (_numbers(4128, 32), _numbers(32, 32), "up to 4096"),
+        (_numbers(4128, 32).T, _numbers(4128, 32), "up to 4096"),
     ],
 )
 def test_what_amx_refuses_goes_to_the_library(x: torch.Tensor, y: torch.Tensor, reason: str):
     from i3lm.ops.linear import amx
 
-    assert reason in amx.refuses(x, y)
-    if x.dtype == torch.bfloat16:
-        product, sums = multiply(x, y, wants_sums=True)
-        torch.testing.assert_close(product.double(), x.double() @ y.double(), rtol=2**-8, atol=0)
-        torch.testing.assert_close(sums.double(), x.double().sum(1), rtol=2**-8, atol=0)
+    wants_sums = reason == "sums" or x.stride(1) != 1
+    assert reason in amx.refuses(x, y, None, wants_sums)
+    product, sums = multiply(x, y, wants_sums=True)
+    for got, exact in ((product, x.double() @ y.double()), (sums, x.double().sum(1))):
+        torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=1e-4)
+
+
+@needs_amx
+def test_amx_refuses_what_it_would_misread():
+    from i3lm.ops.linear import amx
+
+    x, y = _numbers(4, 32), _numbers(32, 64, dtype=torch.float32)
+    for wrong, reason in (
+        ((x.float(), y, None), "float32"),
+        ((x, y.double(), None), "float64"),
+        ((x, y[:31], None), "(31, 64)"),
+        ((x, y[0], None), "(64,)"),
+        ((x, y, torch.ones(1)), "(1,)"),
+        ((x, y, torch.ones(64, device="meta")), "CPU"),
+        ((x, y.to("meta"), None), "CPU"),
+    ):
+        assert reason in amx.refuses(*wrong, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        weight = torch.nn.Parameter(y.T)
+        with pytest.raises(RuntimeError):
+            linear(_numbers(4, 64), weight)
+        # As PyTorch takes it.
+        expected = F.linear(x, weight, torch.ones(1))
+        assert torch.allclose(linear(x, weight, torch.ones(1)), expected, rtol=2**-6, atol=2**-6)
+
+
+@needs_amx
+@pytest.mark.parametrize("rows", [50, 800])
+def test_amx_serves_the_products_of_training(rows: int, monkeypatch: pytest.MonkeyPatch):
+    from i3lm.ops.linear import amx
+
+    served = []
+
+    def watched(x, y, *rest):
+        served.append((tuple(x.shape), y.shape[1], y.dtype))
+        return multiply_tiles(x, y, *rest)
+
+    multiply_tiles = amx.multiply
+    monkeypatch.setattr(amx, "multiply", watched)
+    x, weight = _numbers(1, rows, 64).requires_grad_(), torch.nn.Parameter(torch.ones(96, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(x, weight, torch.nn.Parameter(torch.ones(96))).sum().backward()
+    of_weight = ((96, rows), 64, torch.bfloat16)
+    assert served == [
+        ((rows, 64), 96, torch.float32),
+        ((rows, 96), 64, torch.float32),
+        of_weight,
+    ]
 
 
 @pytest.mark.parametrize("has_tiles", [False, True])
-def test_a_gradient_may_stay_narrow(has_tiles: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("sizes", [(4, 3), (32, 64)])
+def test_a_gradient_may_stay_narrow(
+    has_tiles: bool, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sys.modules["i3lm.ops.linear"], "has_tiles", lambda: has_tiles)
-    x, weight = torch.randn(6, 4), torch.nn.Parameter(torch.randn(3, 4))
+    x, weight = torch.randn(6, sizes[0]), torch.nn.Parameter(torch.randn(*sizes[::-1]))
     kept = []
     for dtype in (torch.float32, None):
         weight.grad, weight.grad_dtype = None, dtype

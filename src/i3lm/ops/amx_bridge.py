@@ -6,7 +6,8 @@ holds two rows side by side, as pairs (Intel's Architecture Instruction Set Exte
 Reference, chapter on AMX). Here a block of a result is 32 x 32, in tiles 0 to 3, from a pair of
 tiles of each operand.
 
-The functions work inside kernels, on int64 addresses. Those of tiles must be multiples of 64.
+The functions work inside kernels, on int64 addresses. Those of packed tiles must be multiples of
+64, and so must a line that is written past the caches.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from numba.extending import intrinsic
 binding.initialize_native_asmparser()
 
 SIDE = 32  # rows and columns of a block of the result, and what one step takes of the sum
-PAIR_BYTES = 2048  # of two tiles
+TILE_BYTES = 1024
+PAIR_BYTES = 2 * TILE_BYTES
+ROW_BYTES = 4 * SIDE  # of a row of a block
+BLOCK_BYTES = SIDE * ROW_BYTES
+LINE = 64  # bytes of a line of the cache
 
 _BYTE, _INTEGER = ir.IntType(8), ir.IntType(64)
 _WORDS = ir.VectorType(ir.IntType(32), 16)
@@ -79,7 +84,7 @@ def shapes() -> torch.Tensor:
     """
     if (reason := missing()) is not None:
         raise RuntimeError(reason)
-    settings = torch.zeros(64, dtype=torch.uint8)
+    settings = torch.zeros(64, dtype=torch.uint8, device="cpu")
     settings[0] = 1
     settings[16:32:2] = 64
     settings[48:56] = 16
@@ -194,7 +199,7 @@ def _add_product(builder: Any, left: Any, stride: Any, right: Any) -> None:
     load(rows[0], left, stride)
     load(columns[0], right, line)
     multiply(0, 0)
-    load(columns[1], _after(builder, right, PAIR_BYTES // 2), line)
+    load(columns[1], _after(builder, right, TILE_BYTES), line)
     multiply(0, 1)
     load(rows[1], below, stride)
     multiply(1, 0)
@@ -341,7 +346,7 @@ def pack_second_block(builder, source, target):
         for half, numbers in enumerate(zip(*(_load_row(builder, x) for x in places), strict=True)):
             halves = _narrow(builder, *numbers)
             halves = _shuffle(builder, halves, halves, _IN_PAIRS)
-            place = _after(builder, target, 64 * pair + half * PAIR_BYTES // 2)
+            place = _after(builder, target, 64 * pair + half * TILE_BYTES)
             _store(builder, halves, place, 64)
 
 

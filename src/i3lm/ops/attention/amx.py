@@ -22,8 +22,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from i3lm.ops.amx_bridge import (
+    BLOCK_BYTES,
+    LINE,
     PAIR_BYTES,
+    ROW_BYTES,
     SIDE,
+    TILE_BYTES,
     add_product,
     add_rows,
     begin,
@@ -56,10 +60,7 @@ from i3lm.ops.numba_bridge import (
     widen,
 )
 
-_TILE = PAIR_BYTES // 2
 _HIDDEN, _ZERO, _ONE = np.float32(-np.inf), np.float32(0), np.float32(1)
-_ROW, _BLOCK = 4 * SIDE, 4 * SIDE * SIDE  # bytes of a block's row, and of a block
-_LINE = 64  # bytes of a line of the cache
 
 
 class _Matrices(NamedTuple):
@@ -125,7 +126,7 @@ def _pack_rows(source, stride, T, D, second, target):
     for sixteen in range((T + SIDE - 1) // SIDE * 2):
         for k in range(D // SIDE):
             pair = sixteen // 2 * (D // SIDE) + k
-            tile = target + pair * PAIR_BYTES + sixteen % 2 * _TILE
+            tile = target + pair * PAIR_BYTES + sixteen % 2 * TILE_BYTES
             place = source + 16 * sixteen * stride + 2 * SIDE * k
             if second:
                 pack_second_rows(place, stride, tile)
@@ -139,7 +140,7 @@ def _pack_columns(source, stride, T, D, second, target):
     for i in range((T + SIDE - 1) // SIDE):
         for sixteen in range(D // 16):
             pair = i * (D // SIDE) + sixteen // 2
-            tile = target + pair * PAIR_BYTES + sixteen % 2 * _TILE
+            tile = target + pair * PAIR_BYTES + sixteen % 2 * TILE_BYTES
             place = source + SIDE * i * stride + 32 * sixteen
             if second:
                 pack_second_columns(place, stride, tile)
@@ -153,7 +154,7 @@ def _multiply_rows(left, right, steps, block):
     clear_block()
     for k in range(steps):
         add_product(left + k * PAIR_BYTES, right + k * PAIR_BYTES)
-    store_block(block, _ROW)
+    store_block(block, ROW_BYTES)
 
 
 @serial_as_written()
@@ -163,7 +164,7 @@ def _mix(left, weights, low, high, steps, target):
         clear_block()
         for j in range(low, high):
             add_product(left + (j * steps + k) * PAIR_BYTES, weights + j * PAIR_BYTES)
-        store_block(target + k * _BLOCK, _ROW)
+        store_block(target + k * BLOCK_BYTES, ROW_BYTES)
 
 
 @serial_as_written()
@@ -180,9 +181,9 @@ def _add_mixed(weights, right, D, target):
 def _write(blocks, steps, factors, row, stride, count, halves):
     """Writes blocks (32 columns, 32 queries), multiplied for each query, as rows of bfloat16."""
     for k in range(steps):
-        block = blocks + k * _BLOCK
+        block = blocks + k * BLOCK_BYTES
         for n in range(SIDE):
-            narrow_product(block + _ROW * n, factors, halves + 2 * SIDE * n)
+            narrow_product(block + ROW_BYTES * n, factors, halves + 2 * SIDE * n)
         for half in range(2):
             tile = halves + PAIR_BYTES
             pack_columns(halves + 32 * half, 2 * SIDE, tile)
@@ -252,12 +253,12 @@ def _attend_head(query, key, value, output, sums, first, sizes, head, room):
     packed = blocks * steps * PAIR_BYTES
     queries, keys, values, weights = room, room + packed, room + 2 * packed, room + 3 * packed
     scores = weights + blocks * PAIR_BYTES
-    mixed = scores + blocks * _BLOCK
-    halves = mixed + steps * _BLOCK
-    lanes, copied = halves + 2 * PAIR_BYTES, halves + 2 * PAIR_BYTES + 4 * _ROW
-    tops, totals = floats(lanes, (SIDE,)), floats(lanes + _ROW, (SIDE,))
-    lows = carray(pointer(lanes + 2 * _ROW), (SIDE,), np.int32)
-    ones = floats(lanes + 3 * _ROW, (SIDE,))
+    mixed = scores + blocks * BLOCK_BYTES
+    halves = mixed + steps * BLOCK_BYTES
+    lanes, copied = halves + 2 * PAIR_BYTES, halves + 2 * PAIR_BYTES + 4 * ROW_BYTES
+    tops, totals = floats(lanes, (SIDE,)), floats(lanes + ROW_BYTES, (SIDE,))
+    lows = carray(pointer(lanes + 2 * ROW_BYTES), (SIDE,), np.int32)
+    ones = floats(lanes + 3 * ROW_BYTES, (SIDE,))
     ones[:] = _ONE
     source, place = _whole(query, sizes, head, copied)
     _pack_rows(source, place, T, D, True, queries)
@@ -274,7 +275,7 @@ def _attend_head(query, key, value, output, sums, first, sizes, head, room):
         tops[:] = _HIDDEN
         totals[:] = _ZERO
         for j in range(near, i + 1):
-            place = scores + j * _BLOCK
+            place = scores + j * BLOCK_BYTES
             _multiply_rows(keys + j * steps * PAIR_BYTES, own, steps, place)
             block = floats(place, (SIDE, SIDE))
             if j == i or largest > SIDE * j:
@@ -283,12 +284,12 @@ def _attend_head(query, key, value, output, sums, first, sizes, head, room):
         for r in range(SIDE):
             tops[r] *= sizes.scale
         for j in range(near, i + 1):
-            place = scores + j * _BLOCK
+            place = scores + j * BLOCK_BYTES
             block = floats(place, (SIDE, SIDE))
             _soften(block, sizes.scale, tops, ones)
             if j == i or largest > SIDE * j:
                 _hide(block, t - SIDE * j, lows, _ZERO)
-            add_rows(place, lanes + _ROW)
+            add_rows(place, lanes + ROW_BYTES)
             pack_second_block(place, weights + j * PAIR_BYTES)
         _mix(values, weights, near, i + 1, steps, mixed)
         for r in range(SIDE):
@@ -297,7 +298,7 @@ def _attend_head(query, key, value, output, sums, first, sizes, head, room):
             sums[head, 0, t + r] = tops[r]
             sums[head, 1, t + r] = totals[r]
         row = written + t * output.place
-        _write(mixed, steps, lanes + _ROW, row, output.place, count, halves)
+        _write(mixed, steps, lanes + ROW_BYTES, row, output.place, count, halves)
 
 
 @serial_as_written()
@@ -315,15 +316,15 @@ def _differentiate_head(
     of_values = of_keys + summed
     of_scores = of_values + summed
     mixed = of_scores + blocks * PAIR_BYTES
-    scores = mixed + steps * _BLOCK
-    of_weights = scores + _BLOCK
-    halves = of_weights + _BLOCK
-    lanes, copied = halves + 2 * PAIR_BYTES, halves + 2 * PAIR_BYTES + 6 * _ROW
+    scores = mixed + steps * BLOCK_BYTES
+    of_weights = scores + BLOCK_BYTES
+    halves = of_weights + BLOCK_BYTES
+    lanes, copied = halves + 2 * PAIR_BYTES, halves + 2 * PAIR_BYTES + 6 * ROW_BYTES
     # Of queries: their largest score and the inverse of their sum; what gradients are less by.
-    tops, shares = floats(lanes, (SIDE,)), floats(lanes + _ROW, (SIDE,))
-    means, scales = floats(lanes + 2 * _ROW, (SIDE,)), floats(lanes + 3 * _ROW, (SIDE,))
-    lows = carray(pointer(lanes + 4 * _ROW), (SIDE,), np.int32)
-    adding = floats(lanes + 5 * _ROW, (SIDE,))
+    tops, shares = floats(lanes, (SIDE,)), floats(lanes + ROW_BYTES, (SIDE,))
+    means, scales = floats(lanes + 2 * ROW_BYTES, (SIDE,)), floats(lanes + 3 * ROW_BYTES, (SIDE,))
+    lows = carray(pointer(lanes + 4 * ROW_BYTES), (SIDE,), np.int32)
+    adding = floats(lanes + 5 * ROW_BYTES, (SIDE,))
     scales[:] = sizes.scale
     source, place = _whole(query, sizes, head, copied)
     _pack_rows(source, place, T, D, True, queries)
@@ -360,7 +361,7 @@ def _differentiate_head(
             _soften(block, sizes.scale, tops, shares)
             if j == i or largest > SIDE * j:
                 _hide(block, t - SIDE * j, lows, _ZERO)
-            multiply_differences(of_weights, scores, lanes + 2 * _ROW)
+            multiply_differences(of_weights, scores, lanes + 2 * ROW_BYTES)
             pack_block(scores, halves)
             _add_mixed(halves, grads_down + at, D, of_values + sum_of)
             pack_block(of_weights, halves)
@@ -368,12 +369,14 @@ def _differentiate_head(
             pack_second_block(of_weights, of_scores + j * PAIR_BYTES)
         _mix(keys_down, of_scores, near, i + 1, steps, mixed)
         target = of_query + t * grad_query.place
-        _write(mixed, steps, lanes + 3 * _ROW, target, grad_query.place, count, halves)
+        _write(mixed, steps, lanes + 3 * ROW_BYTES, target, grad_query.place, count, halves)
     of_key, of_value = _of_head(grad_key, sizes, head), _of_head(grad_value, sizes, head)
     for t in range(T):
         for k in range(steps):
             numbers, place = 4 * (D * t + SIDE * k), 2 * SIDE * k
-            narrow_product(of_keys + numbers, lanes + 3 * _ROW, of_key + t * grad_key.place + place)
+            narrow_product(
+                of_keys + numbers, lanes + 3 * ROW_BYTES, of_key + t * grad_key.place + place
+            )
             narrow(of_values + numbers, of_value + t * grad_value.place + place)
 
 
@@ -409,10 +412,10 @@ def _room(T: int, D: int, backward: bool) -> int:
     """Bytes of scratch memory of a task; the kernels cut it up."""
     blocks, steps = -(-T // SIDE), D // SIDE
     packed, copied = blocks * steps * PAIR_BYTES, 2 * SIDE * blocks * D
-    common = blocks * PAIR_BYTES + steps * _BLOCK + 2 * PAIR_BYTES + 6 * _ROW + copied
+    common = blocks * PAIR_BYTES + steps * BLOCK_BYTES + 2 * PAIR_BYTES + 6 * ROW_BYTES + copied
     if not backward:
-        return common + 3 * packed + blocks * _BLOCK
-    return common + 7 * packed + 2 * 4 * SIDE * blocks * D + 2 * _BLOCK
+        return common + 3 * packed + blocks * BLOCK_BYTES
+    return common + 7 * packed + 2 * 4 * SIDE * blocks * D + 2 * BLOCK_BYTES
 
 
 def _matrices(x: Tensor) -> _Matrices:
@@ -424,10 +427,10 @@ def _matrices(x: Tensor) -> _Matrices:
 def _set_up(x: Tensor, scale: float, backward: bool) -> tuple[_Sizes, Tensor, tuple[int, ...]]:
     """The sizes, the scratch memory, and what the kernels take last."""
     B, H, T, D = x.shape
-    tasks, room = max(1, min(match_threads(), B * H)), -(-_room(T, D, backward) // _LINE) * _LINE
-    rooms = torch.empty(tasks * room + _LINE, dtype=torch.uint8)
+    tasks, room = max(1, min(match_threads(), B * H)), -(-_room(T, D, backward) // LINE) * LINE
+    rooms = torch.empty(tasks * room + LINE, dtype=torch.uint8)
     sizes = _Sizes(H, T, D, room, np.float32(scale))
-    start = -(-rooms.data_ptr() // _LINE) * _LINE
+    start = -(-rooms.data_ptr() // LINE) * LINE
     return sizes, rooms, (shapes().data_ptr(), start, tasks)
 
 

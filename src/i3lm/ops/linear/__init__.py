@@ -1,4 +1,4 @@
-"""The product with a weight matrix, by the faster of the two libraries that PyTorch carries."""
+"""The product with a weight matrix, by a kernel of ours or by one of PyTorch's two libraries."""
 
 from __future__ import annotations
 
@@ -98,6 +98,8 @@ class _Narrowed(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.dtypes
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         flat, shape = grad.flatten(0, -2), grad.shape[:-1]
+        if 0 in flat.stride():  # that of a sum is one number expanded
+            flat = flat.contiguous()
         grad_x = grad_weight = grad_bias = None
         if wants_x:
             grad_x = multiply(flat, matrix)[0].unflatten(0, shape).to(of_x)
@@ -112,10 +114,22 @@ class _Narrowed(torch.autograd.Function):
 
 def _multiply_kept(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gives ``x @ weight.T + bias``, and the matrix that the gradient of x is to be taken with."""
-    name = NARROW_PRODUCT.choose(x.device, x.dtype).implementation.name
-    # A kernel narrows it as it reads it; others would in each product.
-    matrix = weight if name == "amx" else weight.to(x.dtype)
+    grad = x.new_empty(1, weight.shape[0])
+    narrows = _served_by_tiles(x, weight.T, bias) and _served_by_tiles(grad, weight)
+    # Tiles narrow the matrix as they read it; else it is done once, not in each product.
+    matrix = weight if narrows else weight.to(x.dtype)
     return multiply(x, matrix.T, bias)[0], matrix
+
+
+def _served_by_tiles(
+    x: Tensor, y: Tensor, bias: Tensor | None = None, wants_sums: bool = False
+) -> bool:
+    """Whether the kernel for AMX is chosen, and serves these."""
+    if NARROW_PRODUCT.choose(x.device, x.dtype).implementation.name != "amx":
+        return False
+    from i3lm.ops.linear.amx import refuses
+
+    return refuses(x, y, bias, wants_sums) is None
 
 
 def multiply(
@@ -140,7 +154,7 @@ def _multiply_by_tiles(
 ) -> tuple[Tensor, Tensor | None]:
     from i3lm.ops.linear import amx
 
-    if amx.refuses(x, y) is None and not (wants_sums and x.stride(1) == 1):
+    if amx.refuses(x, y, bias, wants_sums) is None:
         return amx.multiply(x, y, bias, wants_sums)
     return _multiply_by_library(x, y, bias, wants_sums)
 
@@ -153,15 +167,15 @@ def _multiply_by_library(
     # With tiles, oneDNN multiplies a transposed bfloat16 matrix at half speed: it is written down.
     # And a bias is best added by it at the end; PyTorch has the product added to what it wrote
     # everywhere before (benchmarks/NOTES.md).
-    tiles = has_tiles() and x.dtype == torch.bfloat16
+    tiles = x.device.type == "cpu" and x.dtype == torch.bfloat16 and has_tiles()
     if tiles and x.stride(0) == 1 and numba_refuses_bits(x.device, x.dtype) is None:
         from i3lm.ops.linear.numba_transpose import transpose
 
         x, sums = transpose(x.T, wants_sums)
     elif wants_sums:
         sums = x.sum(dim=1, dtype=torch.float32)
-    product = F.linear if low is None or not tiles else _product
-    return product(x, weight, low), sums
+    by_onednn = tiles and low is not None and low.shape == weight.shape[:1]
+    return (_product if by_onednn else F.linear)(x, weight, low), sums
 
 
 def _has_onednn() -> bool:
@@ -209,7 +223,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     twice as fast, but on Intel's own the slower one. Without gradients, a few rows go through a
     kernel that reads the matrix at the speed of memory (benchmarks/NOTES.md). Under autocast on a
     CPU, products of a float32 weight and their gradients, which are not differentiated further,
-    take the form in which oneDNN is fast.
+    go to a kernel for AMX, or take the form in which oneDNN is fast.
     All other cases are `torch.nn.functional.linear`: accelerators, quantised weights, and traced
     calls, which a compiler replaces anyway.
 

@@ -17,8 +17,12 @@ from numba import carray, prange
 from torch import Tensor
 
 from i3lm.ops.amx_bridge import (
+    BLOCK_BYTES,
+    LINE,
     PAIR_BYTES,
+    ROW_BYTES,
     SIDE,
+    TILE_BYTES,
     add_lines,
     add_product_of_rows,
     begin,
@@ -37,12 +41,9 @@ from i3lm.ops.amx_bridge import (
 )
 from i3lm.ops.numba_bridge import compiled, match_threads, pointer, serial_as_written
 
-_TILE = PAIR_BYTES // 2
-_ROW, _BLOCK = 4 * SIDE, 4 * SIDE * SIDE  # bytes of a block's row, and of a block
-_LINE = 64  # bytes of a line of the cache
 _GROUP = 4  # blocks that are written together, so that a row has whole lines side by side
 _WIDTH = _GROUP * SIDE
-# What is packed at a time, in bfloat16 numbers: half of a second cache of 2 MiB.
+# What is packed of a matrix at a time, in bfloat16 numbers: half of a second cache of 2 MiB.
 _MANY = 2**19
 # The most rows, and the longest sums. Beyond them oneDNN is as fast (benchmarks/NOTES.md): rows do
 # not stay in cache from one piece of the columns to the next, or too few columns are packed.
@@ -103,7 +104,7 @@ def _copy_lines(source, stride, count, width, target):
 @serial_as_written()
 def _fetch_lines(source, stride, size):
     for line in range(SIDE):
-        for n in range(0, size, _LINE):
+        for n in range(0, size, LINE):
             fetch_far(source + line * stride + n)
 
 
@@ -122,7 +123,7 @@ def _pack_lines_across(matrix, second, low, high, inner, sums, spare, target):
             _fetch_lines(source + SIDE * stride, stride, (high - low) * size)
         for s in range((high - low) // 16):
             place = source + 16 * s * size
-            tile = target + (s // 2 * steps + k) * PAIR_BYTES + s % 2 * _TILE
+            tile = target + (s // 2 * steps + k) * PAIR_BYTES + s % 2 * TILE_BYTES
             if not second:
                 pack_columns(place, stride, tile)
             elif matrix.wide:
@@ -143,7 +144,7 @@ def _pack_second(matrix, low, high, inner, spare, target):
     for s in range((high - low) // 16):
         for k in range(steps):
             place = matrix.address + (low + 16 * s) * matrix.stride + SIDE * k * size
-            tile = target + (s // 2 * steps + k) * PAIR_BYTES + s % 2 * _TILE
+            tile = target + (s // 2 * steps + k) * PAIR_BYTES + s % 2 * TILE_BYTES
             if matrix.wide:
                 pack_wide_second_rows(place, matrix.stride, tile)
             else:
@@ -156,7 +157,7 @@ def _multiply_block(left, stride, step, right, steps, block):
     clear_block()
     for k in range(steps):
         add_product_of_rows(left + k * step, stride, right + k * PAIR_BYTES)
-    store_block(block, _ROW)
+    store_block(block, ROW_BYTES)
 
 
 @serial_as_written()
@@ -164,7 +165,10 @@ def _write(blocks, count, rows, summands, target, stride):
     """Writes rows of blocks that stand side by side, with a summand for each column."""
     for r in range(rows):
         for q in range(count):
-            source, place = blocks + q * _BLOCK + r * _ROW, target + r * stride + 2 * SIDE * q
+            source, place = (
+                blocks + q * BLOCK_BYTES + r * ROW_BYTES,
+                target + r * stride + 2 * SIDE * q,
+            )
             narrow_sum_past_cache(source, summands + 4 * SIDE * q, place)
 
 
@@ -185,7 +189,7 @@ def _multiply_share(x, y, summands, sums, output, sizes, task, room):
     line, stride = steps * PAIR_BYTES // SIDE, 2 * sizes.columns  # bytes of a packed row, a result
     packed = room + sizes.columns_at_once * line
     blocks = packed + (0 if x.by_rows else sizes.rows_at_once * line)
-    spare = blocks + _GROUP * _BLOCK
+    spare = blocks + _GROUP * BLOCK_BYTES
     keeps = bottom - top <= sizes.rows_at_once
     for low in range(first, last, sizes.columns_at_once):
         high = min(low + sizes.columns_at_once, last)
@@ -198,7 +202,7 @@ def _multiply_share(x, y, summands, sums, output, sizes, task, room):
             for i in range(start, stop, SIDE):
                 count = min(SIDE, stop - i)
                 if not x.by_rows:
-                    left, apart, step = packed + (i - start) * line, _LINE, PAIR_BYTES
+                    left, apart, step = packed + (i - start) * line, LINE, PAIR_BYTES
                 elif count == SIDE:
                     left, apart, step = x.address + i * x.stride, x.stride, 2 * SIDE
                 else:
@@ -208,7 +212,7 @@ def _multiply_share(x, y, summands, sums, output, sizes, task, room):
                     group = min(_GROUP, (high - j) // SIDE)
                     for q in range(group):
                         right = room + (j - low + SIDE * q) * line
-                        _multiply_block(left, apart, step, right, steps, blocks + q * _BLOCK)
+                        _multiply_block(left, apart, step, right, steps, blocks + q * BLOCK_BYTES)
                     target = output + i * stride + 2 * j
                     _write(blocks, group, count, summands + 4 * j, target, stride)
 
@@ -226,13 +230,13 @@ def _multiply(x, y, summands, sums, output, sizes, shapes, rooms, tasks):
 class _Scratch(threading.local):
     """Memory for kernels that a thread of Python starts, kept: so it stays in their caches."""
 
-    memory = torch.empty(0, dtype=torch.uint8)
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def address(self, size: int) -> int:
         """Where so many bytes begin, at a line of the cache."""
-        if self.memory.numel() < size + _LINE:
-            self.memory = torch.empty(size + _LINE, dtype=torch.uint8)
-        return -(-self.memory.data_ptr() // _LINE) * _LINE
+        if self.memory.numel() < size + LINE:
+            self.memory = torch.empty(size + LINE, dtype=torch.uint8, device="cpu")
+        return -(-self.memory.data_ptr() // LINE) * LINE
 
 
 _scratch = _Scratch()
@@ -266,7 +270,7 @@ def _sizes(x: Tensor, y: Tensor, tasks: int) -> _Sizes:
     # For lines that are copied: of 32 rows, or of what is packed.
     spare = SIDE * max(2 * inner, 4 * columns, 2 * rows if packs else 0)
     packed = 2 * inner * (columns + (rows if packs else 0))
-    room = _whole(packed + _GROUP * _BLOCK + spare, 4096)
+    room = _whole(packed + _GROUP * BLOCK_BYTES + spare, 4096)
     return _Sizes(M, N, K, down, across, columns, rows, room)
 
 
@@ -294,11 +298,17 @@ def multiply(
     return output, sums
 
 
-def refuses(x: Tensor, y: Tensor) -> str | None:
-    """Why `multiply` does not serve two matrices, or None."""
-    (M, K), N = x.shape, y.shape[1]
+def refuses(x: Tensor, y: Tensor, bias: Tensor | None, wants_sums: bool) -> str | None:
+    """Why `multiply` does not serve these, or None."""
+    if any(part is not None and part.device.type != "cpu" for part in (x, y, bias)):
+        return "runs on the CPU"
     if x.dtype != torch.bfloat16 or y.dtype not in (torch.bfloat16, torch.float32):
         return f"multiplies bfloat16 by bfloat16 or float32, not {x.dtype} by {y.dtype}"
+    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[0]:
+        return f"takes matrices (M, K) and (K, N), not {tuple(x.shape)} and {tuple(y.shape)}"
+    (M, K), N = x.shape, y.shape[1]
+    if bias is not None and bias.shape != (N,):
+        return f"takes a bias for each of {N} columns, not of shape {tuple(bias.shape)}"
     if any(1 not in matrix.stride() or 0 in matrix.stride() for matrix in (x, y)):
         return "takes rows or columns in one piece each"
     x_by_rows, y_by_rows = x.stride(1) == 1, y.stride(1) == 1
@@ -306,4 +316,6 @@ def refuses(x: Tensor, y: Tensor) -> str | None:
         return f"takes widths that are multiples of {SIDE}"
     if M % SIDE and not x_by_rows:
         return f"takes columns in multiples of {SIDE}"
+    if wants_sums and x_by_rows:
+        return "sums what lies by columns"
     return f"serves sizes up to {LARGEST}" if max(M, K) > LARGEST else None
