@@ -114,9 +114,10 @@ class _Narrowed(torch.autograd.Function):
 
 def _multiply_kept(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gives ``x @ weight.T + bias``, and the matrix that the gradient of x is to be taken with."""
-    grad = x.new_empty(1, weight.shape[0])
-    narrows = _served_by_tiles(x, weight.T, bias) and _served_by_tiles(grad, weight)
     # Tiles narrow the matrix as they read it; else it is done once, not in each product.
+    narrows = _served_by_tiles(x, weight.T, bias) and _served_by_tiles(
+        x.new_empty(1, weight.shape[0]), weight
+    )
     matrix = weight if narrows else weight.to(x.dtype)
     return multiply(x, matrix.T, bias)[0], matrix
 

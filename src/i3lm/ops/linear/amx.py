@@ -288,9 +288,10 @@ def multiply(
     """
     M, N = x.shape[0], y.shape[1]
     tasks = match_threads()
-    output = x.new_empty(M, N)
+    # Small blocks first: one that is freed behind a large one is a hole that stays.
     summands = x.new_zeros(N, dtype=torch.float32) if bias is None else bias.float().contiguous()
     sums = x.new_zeros(M, dtype=torch.float32) if wants_sums else None
+    output = x.new_empty(M, N)
     sizes = _sizes(x, y, tasks)
     start = _scratch.address(tasks * sizes.room)
     places = summands.data_ptr(), 0 if sums is None else sums.data_ptr(), output.data_ptr()
