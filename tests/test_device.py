@@ -102,6 +102,8 @@ def _large_pages_are_given() -> bool:
     )
 
 
+# Whether there are any is for the system's administrator to say; that freed memory is kept without
+# them too is tested above.
 @pytest.mark.skipif(not _large_pages_are_given(), reason="this system gives no large pages")
 def test_large_blocks_lie_in_large_pages():
     assert int(_printed(LARGE_PAGES)) >= 2**24 * 4 // 1024 // 2

@@ -143,10 +143,10 @@ def keep_freed_memory() -> bool:
     """
     if not sys.platform.startswith("linux"):
         return False
-    library = ctypes.CDLL(None)
     try:
+        library = ctypes.CDLL(None)
         mallopt = library.mallopt
-    except AttributeError:  # another C library
+    except (OSError, AttributeError):  # another C library
         return False
     trim_threshold, most_mapped = -1, -4  # from malloc.h
     if not (mallopt(most_mapped, 0) and mallopt(trim_threshold, -1)):  # nothing mapped, no trimming

@@ -90,6 +90,8 @@ NARROW = [
     for i in NARROW_PRODUCT.implementations
     if i.refuses(torch.device("cpu"), torch.bfloat16) is None
 ]
+# These look inside a kernel that only some processors can run; what holds for every implementation
+# is tested without a mark, for those that there are.
 needs_amx = pytest.mark.skipif("amx" not in NARROW, reason="this processor has no AMX")
 
 
