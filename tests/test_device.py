@@ -80,6 +80,24 @@ def test_freed_memory_is_kept(limit: str):
     assert 2 * kept < again  # the first few find no block that is free and large enough
 
 
+FORKS = """
+import os, subprocess, torch
+from i3lm.device import keep_freed_memory
+quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+held = []
+for training in range(3):
+    keep_freed_memory()
+    held += [torch.empty(quarter // 2, dtype=torch.uint8)]  # never touched
+subprocess.run(["echo", "forked"], preexec_fn=lambda: None, check=True)  # that forks, by the book
+"""
+
+
+# On other systems `keep_freed_memory` changes nothing, and not all can fork.
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a rule of Linux")
+def test_a_process_that_trained_several_times_can_be_forked():
+    assert _printed(FORKS) == "forked\n"
+
+
 LARGE_PAGES = """
 import re, torch
 from pathlib import Path

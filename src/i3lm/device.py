@@ -9,6 +9,7 @@ import os
 import random
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -144,22 +145,23 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
-        library = ctypes.CDLL(None)
-        mallopt = library.mallopt
+        mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
     trim_threshold, most_mapped = -1, -4  # from malloc.h
     if not (mallopt(most_mapped, 0) and mallopt(trim_threshold, -1)):  # nothing mapped, no trimming
         return False
-    _extend_heap_in_large_pages(library)
+    _extend_heap_in_large_pages()
     return True
 
 
-def _extend_heap_in_large_pages(library: ctypes.CDLL) -> None:
+@cache  # once in a process: a second extension would be beyond the first one
+def _extend_heap_in_large_pages() -> None:
     """Has the heap grow into large pages: addresses for most of the machine's memory, untouched.
 
     Where so many addresses are not to be had (a limit of the process, or a system that promises no
-    more memory than it has), or would be touched, the heap stays as it is.
+    more memory than it has), or would be touched, the heap stays as it is. Never for more than the
+    machine has: Linux refuses to fork a process in which one range of addresses is larger.
     """
     import resource  # not on Windows
 
@@ -169,7 +171,7 @@ def _extend_heap_in_large_pages(library: ctypes.CDLL) -> None:
         return
     if "MALLOC_PERTURB_" in os.environ or "perturb" in os.environ.get("GLIBC_TUNABLES", ""):
         return  # a debugging aid of glibc, which fills every block
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8 * 7
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 * 3
     try:
         # Where it counts each address as memory, other processes could not have it.
         if Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2":
@@ -178,6 +180,7 @@ def _extend_heap_in_large_pages(library: ctypes.CDLL) -> None:
         mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
     except OSError:
         return
+    library = ctypes.CDLL(None)
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
