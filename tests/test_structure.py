@@ -36,6 +36,7 @@ PLAIN = {"torch", "i3lm.ops", "i3lm.layers"}
 SPECIAL = {
     "amx": {"numba", "numpy"},
     "amx_bridge": {"llvmlite", "numba"},
+    "amx_float32": {"numba", "numpy"},
     "numba": {"numba", "numpy"},
     "numba_bridge": {"llvmlite", "numba", "numpy"},
     "numba_cache": {"numba"},

@@ -70,6 +70,15 @@ def make_generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed % 2**63)
 
 
+def lay(x: Tensor, by_rows: bool, margin: int) -> Tensor:
+    """The matrix with its rows or its columns in one piece each, and so many NaN between them."""
+    x = x if by_rows else x.T
+    wide = torch.full((x.shape[0], x.shape[1] + margin), torch.nan, dtype=x.dtype)
+    wide[:, : x.shape[1]] = x
+    view = wide[:, : x.shape[1]]
+    return view if by_rows else view.T
+
+
 def draw_marks(kind: str, B: int, T: int, generator: torch.Generator) -> dict[str, Tensor | None]:
     """Random document starts (one step in six) and padding (one step in four), as `kind` says."""
     has_reset, has_mask = MARKS[kind]

@@ -14,7 +14,7 @@ from i3lm.ops.dispatch import processor_vendor, use_implementation
 from i3lm.ops.linear import FEW_ROWS, LINEAR, NARROW_PRODUCT, has_tiles, multiply
 from i3lm.ops.linear.numba import few_rows
 from i3lm.ops.linear.numba_transpose import narrow_and_transpose, transpose
-from tests.ops.drawing import make_generator
+from tests.ops.drawing import lay, make_generator
 
 NAMES = [
     i.name for i in LINEAR.implementations if i.refuses(torch.device("cpu"), torch.float32) is None
@@ -135,15 +135,6 @@ def test_products_under_autocast(
         )
 
 
-def _lies(x: torch.Tensor, by_rows: bool, margin: int) -> torch.Tensor:
-    """The matrix with its rows or its columns in one piece each, so many numbers apart."""
-    x = x if by_rows else x.T
-    wide = torch.full((x.shape[0], x.shape[1] + margin), torch.nan, dtype=x.dtype)
-    wide[:, : x.shape[1]] = x
-    view = wide[:, : x.shape[1]]
-    return view if by_rows else view.T
-
-
 @needs_amx
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
@@ -159,9 +150,9 @@ def test_amx_rounds_a_product_once(data: st.DataObject):
     packed = data.draw(st.sampled_from([2**12, 2**14, 2**19]))  # so that it takes several pieces
     generator = make_generator(M, K, N)
     margins = [data.draw(st.sampled_from([0, 1, 32])) for _ in range(2)]
-    x = _lies(torch.randn(M, K, generator=generator).bfloat16(), x_by_rows, margins[0])
+    x = lay(torch.randn(M, K, generator=generator).bfloat16(), x_by_rows, margins[0])
     y = torch.randn(K, N, generator=generator)
-    y = _lies(y if wide else y.bfloat16(), y_by_rows, margins[1])
+    y = lay(y if wide else y.bfloat16(), y_by_rows, margins[1])
     bias = torch.randn(N, generator=generator) if has_bias else None
     assert amx.refuses(x, y, bias, not x_by_rows) is None
     with pytest.MonkeyPatch.context() as patch:

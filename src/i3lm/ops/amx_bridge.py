@@ -34,6 +34,7 @@ TILE_BYTES = 1024
 PAIR_BYTES = 2 * TILE_BYTES
 ROW_BYTES = 4 * SIDE  # of a row of a block
 BLOCK_BYTES = SIDE * ROW_BYTES
+PARTS = 3  # of 8 bits each, which make the 24 bits of a float32 number
 LINE = 64  # bytes of a line of the cache
 
 _BYTE, _INTEGER = ir.IntType(8), ir.IntType(64)
@@ -218,6 +219,46 @@ def add_product_of_rows(builder, left, stride, right):
     _add_product(builder, left, stride, right)
 
 
+@_on_addresses(2)
+def add_product_of_parts(builder, left, right):
+    """Adds the product of numbers in three parts each, `PARTS` pairs of tiles, to the block.
+
+    Of nine products of parts the three smallest are left out: in the mean 2**-27 of the whole.
+    """
+    line = _INTEGER(64)
+
+    def load(operand: Any, tile: int, part: int, half: int) -> None:
+        place = _after(builder, operand, PAIR_BYTES * part + TILE_BYTES * half)
+        place = _pointer(builder, place)
+        _instruct(builder, "llvm.x86.tileloadd64", _BYTE(tile + half), place, line)
+
+    def multiply(down: int, across: int) -> None:
+        operands = _BYTE(4 + down), _BYTE(6 + across)
+        _instruct(builder, "llvm.x86.tdpbf16ps", _BYTE(2 * down + across), *operands)
+
+    def with_rows(part: int) -> None:
+        for down in (0, 1):
+            load(left, 4, part, down)
+            multiply(down, 0)
+            multiply(down, 1)
+
+    def with_columns(part: int) -> None:
+        for across in (0, 1):
+            load(right, 6, part, across)
+            multiply(0, across)
+            multiply(1, across)
+
+    # From one product to the next a single operand changes.
+    for half in (0, 1):
+        load(right, 6, 2, half)
+    with_rows(0)
+    with_columns(1)
+    with_rows(1)
+    with_columns(0)
+    with_rows(2)
+    with_rows(0)
+
+
 def _narrow(builder: Any, low: Any, high: Any) -> Any:
     """32 float32 numbers as bfloat16, rounded to the nearest, or even."""
     name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
@@ -367,7 +408,7 @@ def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
-def _packer(upright: bool, second: bool, wide: bool = False) -> Any:
+def _packer(upright: bool, second: bool, wide: bool = False, parts: int = 1) -> Any:
     """Makes a function that writes a tile of bfloat16 numbers.
 
     It takes the address of the first number, the bytes from one line of them to the next, and the
@@ -378,34 +419,57 @@ def _packer(upright: bool, second: bool, wide: bool = False) -> Any:
             each of 32 lines has a number of every row.
         second: Whether it is the second operand.
         wide: Whether the numbers are float32, to be rounded to the nearest, or even.
+        parts: In so many tiles, `PAIR_BYTES` apart, of which each but the first has what rounding
+            left of the numbers so far. Three hold all of a float32 number, whose lowest part is
+            above 2**-126.
     """
+    turns = upright == second
 
-    def row_of(builder: Any, place: Any) -> Any:
+    def parts_of(builder: Any, place: Any, stride: Any) -> list[Any]:
         if wide:
-            return _narrow(builder, *_load_row(builder, place))
-        return _load(builder, _ALL_HALVES, place, 2)
-
-    def in_pairs(builder: Any, *places: Any) -> Any:
-        if wide:
-            halves = _narrow(builder, *(_load(builder, _FLOATS, x, 4) for x in places))
-            return _shuffle(builder, halves, halves, _IN_PAIRS)
-        one, next_one = (_load(builder, _HALVES, x, 2) for x in places)
-        return _shuffle(builder, one, next_one, _IN_PAIRS)
+            # Those of a row; or a number and that of the next line, which are a pair.
+            places = place, _after(builder, place, 64 if upright else stride)
+            split = _split(builder, [_load(builder, _FLOATS, x, 4) for x in places], parts)
+            return split if upright else [_shuffle(builder, x, x, _IN_PAIRS) for x in split]
+        if upright:
+            return [_load(builder, _ALL_HALVES, place, 2)]
+        one, next_one = (_load(builder, _HALVES, x, 2) for x in (place, builder.add(place, stride)))
+        return [_shuffle(builder, one, next_one, _IN_PAIRS)]
 
     def emit(builder: Any, source: Any, stride: Any, tile: Any) -> None:
-        pairs = []
+        rows = []
         for row in range(16):
             line = row if upright else 2 * row
             place = _after(builder, source, builder.mul(stride, _INTEGER(line)))
-            if upright:
-                halves = row_of(builder, place)
-            else:  # a number and that of the next line are a pair
-                halves = in_pairs(builder, place, _after(builder, place, stride))
-            pairs.append(builder.bitcast(halves, _WORDS))
-        for row, words in enumerate(_transpose(builder, pairs) if upright == second else pairs):
-            _store(builder, words, _after(builder, tile, 64 * row), 64)
+            rows.append([builder.bitcast(x, _WORDS) for x in parts_of(builder, place, stride)])
+        for part, column in enumerate(zip(*rows, strict=True)):
+            words = _transpose(builder, list(column)) if turns else column
+            for row, word in enumerate(words):
+                _store(builder, word, _after(builder, tile, part * PAIR_BYTES + 64 * row), 64)
 
     return _on_addresses(3)(emit)
+
+
+def _split(builder: Any, numbers: list[Any], parts: int) -> list[Any]:
+    """32 float32 numbers, in two vectors, as sums of so many bfloat16 numbers each."""
+    split = [_narrow(builder, *numbers)]
+    for _ in range(parts - 1):
+        numbers = [
+            builder.fsub(x, taken)
+            for x, taken in zip(numbers, _widen(builder, split[-1]), strict=True)
+        ]
+        split.append(_narrow(builder, *numbers))
+    return split
+
+
+def _widen(builder: Any, halves: Any) -> list[Any]:
+    """32 bfloat16 numbers as two vectors of float32 numbers."""
+    sixteen = ir.Constant(_WORDS, [16] * 16)
+    words = [
+        builder.zext(_shuffle(builder, halves, halves, list(range(n, n + 16))), _WORDS)
+        for n in (0, 16)
+    ]
+    return [builder.bitcast(builder.shl(x, sixteen), _FLOATS) for x in words]
 
 
 # Of the operand's rows, and of its columns.
@@ -415,3 +479,7 @@ pack_second_rows = _packer(upright=True, second=True)
 pack_second_columns = _packer(upright=False, second=True)
 pack_wide_second_rows = _packer(upright=True, second=True, wide=True)
 pack_wide_second_columns = _packer(upright=False, second=True, wide=True)
+split_rows = _packer(upright=True, second=False, wide=True, parts=PARTS)
+split_columns = _packer(upright=False, second=False, wide=True, parts=PARTS)
+split_second_rows = _packer(upright=True, second=True, wide=True, parts=PARTS)
+split_second_columns = _packer(upright=False, second=True, wide=True, parts=PARTS)

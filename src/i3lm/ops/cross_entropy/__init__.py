@@ -24,6 +24,8 @@ from i3lm.ops.linear import FEW_ROWS, has_tiles, linear
 PIECE_BYTES = 96 * 2**20
 # Logits at one time where they are computed twice, and the fewest columns of them.
 SMALL_PIECE, FEWEST_COLUMNS = 2**22, 128
+# What tiles of a processor's matrix unit make multiples of best.
+SIDE = 32
 # Rows of a piece from which on a transposed copy of the matrix is worth its writing.
 MANY_ROWS = 512
 
@@ -105,8 +107,10 @@ def linear_cross_entropy(
         wants = torch.is_grad_enabled()
         return _InPiecesOfVocabulary.apply(hidden, weight, bias, labels, ignore_index, dtype, wants)
     most = max(1, piece_bytes // (dtype.itemsize * weight.shape[0]))
+    most -= most % SIDE if most > SIDE else 0
     pieces = max(1, -(-hidden.shape[0] // most))
-    rows = max(1, -(-hidden.shape[0] // pieces))  # equal pieces: no small one at the end
+    # Equal pieces, in whole tiles: no small one at the end.
+    rows = min(-(-hidden.shape[0] // pieces // SIDE) * SIDE, most) or 1
     # Inside the function PyTorch hides whether gradients are on.
     settings = (ignore_index, rows, dtype, torch.is_grad_enabled())
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, *settings)

@@ -44,23 +44,56 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-class _OneDNN(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """``x @ weight.T + bias`` and its gradients, by a function that gives such products."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, product):
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        ctx.product = product
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         flat = grad.flatten(0, -2)
         return (
-            _product(grad, weight.T) if wants_x else None,
-            _product(flat.T, x.flatten(0, -2).T) if wants_weight else None,
+            ctx.product(grad, weight.T) if wants_x else None,
+            ctx.product(flat.T, x.flatten(0, -2).T) if wants_weight else None,
             flat.sum(dim=0) if wants_bias else None,
+            None,
         )
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    output: Tensor = _Product.apply(x, weight, bias, _product)
+    return output
+
+
+def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from i3lm.ops.linear.amx_float32 import refuses
+
+    if refuses(x.flatten(0, -2), weight.T, bias) is not None:
+        return F.linear(x, weight, bias)
+    output: Tensor = _Product.apply(x, weight, bias, _product_by_tiles)
+    return output
+
+
+def _product_by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    from i3lm.ops.linear.amx_float32 import multiply_float32, refuses
+
+    flat = x.flatten(0, -2)
+    if refuses(flat, weight.T, bias) is not None:
+        return F.linear(x, weight, bias)
+    return multiply_float32(flat, weight.T, bias).unflatten(0, x.shape[:-1])
+
+
+def _tiles_refuse(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype != torch.float32:
+        return f"serves float32, not {dtype}"
+    return amx_refuses(device, torch.bfloat16)  # of which float32 numbers are made
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -200,7 +233,8 @@ LINEAR_OF_FEW_ROWS = Op(
 LINEAR = Op(
     "linear",
     [
-        Implementation("onednn", _OneDNN.apply, refuses=_onednn_refuses),
+        Implementation("amx", _by_tiles, refuses=_tiles_refuse),
+        Implementation("onednn", _by_onednn, refuses=_onednn_refuses),
         Implementation("torch", F.linear),
     ],
 )

@@ -91,7 +91,7 @@ class _Sizes(NamedTuple):
 
 
 @serial_as_written()
-def _copy_lines(source, stride, count, width, target):
+def copy_lines(source, stride, count, width, target):
     """Copies lines of so many 16-bit numbers, and zeros after them up to 32 lines."""
     copied = carray(pointer(target), (SIDE, width), np.uint16)
     for line in range(count):
@@ -102,7 +102,8 @@ def _copy_lines(source, stride, count, width, target):
 
 
 @serial_as_written()
-def _fetch_lines(source, stride, size):
+def fetch_lines(source, stride, size):
+    """Has so many bytes of 32 lines brought into the second cache."""
     for line in range(SIDE):
         for n in range(0, size, LINE):
             fetch_far(source + line * stride + n)
@@ -117,10 +118,10 @@ def _pack_lines_across(matrix, second, low, high, inner, sums, spare, target):
         count = inner - SIDE * k
         if count < SIDE:
             width = (high - low) * size // 2
-            _copy_lines(source, stride, count, width, spare)
+            copy_lines(source, stride, count, width, spare)
             source, stride = spare, 2 * width
         elif count >= 2 * SIDE:
-            _fetch_lines(source + SIDE * stride, stride, (high - low) * size)
+            fetch_lines(source + SIDE * stride, stride, (high - low) * size)
         for s in range((high - low) // 16):
             place = source + 16 * s * size
             tile = target + (s // 2 * steps + k) * PAIR_BYTES + s % 2 * TILE_BYTES
@@ -173,7 +174,7 @@ def _write(blocks, count, rows, summands, target, stride):
 
 
 @serial_as_written()
-def _share_of(count, part, parts):
+def share_of(count, part, parts):
     """The numbers of a part, in whole blocks but for the end."""
     blocks = (count + SIDE - 1) // SIDE
     low, high = blocks * part // parts, blocks * (part + 1) // parts
@@ -183,8 +184,8 @@ def _share_of(count, part, parts):
 @serial_as_written()
 def _multiply_share(x, y, summands, sums, output, sizes, task, room):
     K = sizes.inner
-    top, bottom = _share_of(sizes.rows, task // sizes.across, sizes.down)
-    first, last = _share_of(sizes.columns, task % sizes.across, sizes.across)
+    top, bottom = share_of(sizes.rows, task // sizes.across, sizes.down)
+    first, last = share_of(sizes.columns, task % sizes.across, sizes.across)
     steps = (K + SIDE - 1) // SIDE
     line, stride = steps * PAIR_BYTES // SIDE, 2 * sizes.columns  # bytes of a packed row, a result
     packed = room + sizes.columns_at_once * line
@@ -206,7 +207,7 @@ def _multiply_share(x, y, summands, sums, output, sizes, task, room):
                 elif count == SIDE:
                     left, apart, step = x.address + i * x.stride, x.stride, 2 * SIDE
                 else:
-                    _copy_lines(x.address + i * x.stride, x.stride, count, K, spare)
+                    copy_lines(x.address + i * x.stride, x.stride, count, K, spare)
                     left, apart, step = spare, 2 * K, 2 * SIDE
                 for j in range(low, high, _WIDTH):
                     group = min(_GROUP, (high - j) // SIDE)
@@ -239,16 +240,18 @@ class _Scratch(threading.local):
         return -(-self.memory.data_ptr() // LINE) * LINE
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
 
 
-def _matrix(x: Tensor) -> _Matrix:
+def layout(x: Tensor) -> _Matrix:
+    """Where a matrix lies whose rows or whose columns are in one piece each."""
     by_rows = x.stride(1) == 1
     stride = x.stride(0) if by_rows else x.stride(1)
     return _Matrix(x.data_ptr(), stride * x.element_size(), by_rows, x.dtype == torch.float32)
 
 
-def _whole(count: int, multiple: int) -> int:
+def whole(count: int, multiple: int) -> int:
+    """The count, raised to a multiple."""
     return -(-count // multiple) * multiple
 
 
@@ -260,17 +263,17 @@ def _sizes(x: Tensor, y: Tensor, tasks: int) -> _Sizes:
     parts = [n for n in range(1, tasks + 1) if tasks % n == 0]
     across = min(parts, key=lambda n: n * of_rows + tasks // n * of_columns)
     down = tasks // across
-    inner = _whole(K, SIDE)
-    rows = _whole(-(-M // down), SIDE)
+    inner = whole(K, SIDE)
+    rows = whole(-(-M // down), SIDE)
     keeps = packs and rows * inner <= _MANY
     at_once = _MANY // (2 if keeps else 1) // inner // _WIDTH * _WIDTH
-    columns = min(_whole(-(-N // across), SIDE), max(at_once, _WIDTH))
+    columns = min(whole(-(-N // across), SIDE), max(at_once, _WIDTH))
     if packs:
         rows = rows if keeps else min(rows, _WIDTH)
     # For lines that are copied: of 32 rows, or of what is packed.
     spare = SIDE * max(2 * inner, 4 * columns, 2 * rows if packs else 0)
     packed = 2 * inner * (columns + (rows if packs else 0))
-    room = _whole(packed + _GROUP * BLOCK_BYTES + spare, 4096)
+    room = whole(packed + _GROUP * BLOCK_BYTES + spare, 4096)
     return _Sizes(M, N, K, down, across, columns, rows, room)
 
 
@@ -293,9 +296,9 @@ def multiply(
     sums = x.new_zeros(M, dtype=torch.float32) if wants_sums else None
     output = x.new_empty(M, N)
     sizes = _sizes(x, y, tasks)
-    start = _scratch.address(tasks * sizes.room)
+    start = scratch.address(tasks * sizes.room)
     places = summands.data_ptr(), 0 if sums is None else sums.data_ptr(), output.data_ptr()
-    _multiply(_matrix(x), _matrix(y), *places, sizes, shapes().data_ptr(), start, tasks)
+    _multiply(layout(x), layout(y), *places, sizes, shapes().data_ptr(), start, tasks)
     return output, sums
 
 
@@ -305,6 +308,15 @@ def refuses(x: Tensor, y: Tensor, bias: Tensor | None, wants_sums: bool) -> str 
         return "runs on the CPU"
     if x.dtype != torch.bfloat16 or y.dtype not in (torch.bfloat16, torch.float32):
         return f"multiplies bfloat16 by bfloat16 or float32, not {x.dtype} by {y.dtype}"
+    if (reason := refuses_shapes(x, y, bias)) is not None:
+        return reason
+    if wants_sums and x.stride(1) == 1:
+        return "sums what lies by columns"
+    return f"serves sizes up to {LARGEST}" if max(x.shape) > LARGEST else None
+
+
+def refuses_shapes(x: Tensor, y: Tensor, bias: Tensor | None) -> str | None:
+    """Why tiles do not serve matrices that lie so, or None."""
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[0]:
         return f"takes matrices (M, K) and (K, N), not {tuple(x.shape)} and {tuple(y.shape)}"
     (M, K), N = x.shape, y.shape[1]
@@ -317,6 +329,4 @@ def refuses(x: Tensor, y: Tensor, bias: Tensor | None, wants_sums: bool) -> str 
         return f"takes widths that are multiples of {SIDE}"
     if M % SIDE and not x_by_rows:
         return f"takes columns in multiples of {SIDE}"
-    if wants_sums and x_by_rows:
-        return "sums what lies by columns"
-    return f"serves sizes up to {LARGEST}" if max(M, K) > LARGEST else None
+    return None
