@@ -249,7 +249,7 @@ def matmul_share(step: Step) -> float:
     events = recorded.key_averages()
     matmul = (
         "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product",
-        "mkldnn::_linear_pointwise",
+        "mkldnn::_linear_pointwise", "_Product", "_Narrowed",  # the last two are i3lm.ops.linear's
     )  # fmt: skip
     total = sum(event.self_cpu_time_total for event in events)
     return round(sum(e.self_cpu_time_total for e in events if e.key.startswith(matmul)) / total, 3)

@@ -25,7 +25,7 @@ U = 2.0**-24  # what rounding to float32 changes at most, of a number
 def _multiply(*inputs: torch.Tensor | None) -> torch.Tensor:
     from i3lm.ops.linear.amx_float32 import multiply_float32
 
-    return multiply_float32(*inputs)
+    return multiply_float32(*inputs)[0]
 
 
 def _numbers(*shape: int) -> torch.Tensor:
@@ -59,9 +59,9 @@ def test_it_is_as_exact_as_a_sum_in_float32(data: st.DataObject):
         patch.setattr(amx_float32, "_DEEP", deep)
         patch.setattr(amx_float32, "_MANY", of_second)
         patch.setattr(amx_float32, "_MANY_OF_FIRST", of_first)
-        got = _multiply(x, y, bias)
+        got, sums = amx_float32.multiply_float32(x, y, bias, wants_sums=not x_by_rows)
         patch.setattr(amx_float32, "match_threads", lambda: 1)
-        of_one = _multiply(x, y, bias)
+        of_one = amx_float32.multiply_float32(x, y, bias, wants_sums=not x_by_rows)
     assert got.dtype == torch.float32
     assert got.is_contiguous()
     terms = x.double().abs() @ y.double().abs() + (0 if bias is None else bias.double().abs())
@@ -70,7 +70,13 @@ def test_it_is_as_exact_as_a_sum_in_float32(data: st.DataObject):
     # Stability of Numerical Algorithms, section 3.1), and of the parts that are left out.
     assert ((got.double() - exact).abs() <= (K + 3) * U * terms).all()
     # The same bits for any number of threads.
-    assert torch.equal(of_one, got)
+    assert torch.equal(of_one[0], got)
+    assert (sums is None) == x_by_rows
+    if sums is not None:
+        wrong = (sums.double() - x.double().sum(1)).abs()
+        # Of 32 numbers in pairs, of all these sums in float64, rounded once.
+        assert (wrong <= 7 * U * x.double().abs().sum(1)).all()
+        assert torch.equal(of_one[1], sums)
 
 
 @pytest.mark.parametrize("form", [(True, False), (True, True), (False, True), (False, False)])
@@ -187,3 +193,4 @@ def test_it_refuses_what_it_would_misread():
         ((x[:100], y, None), "large"),
     ):
         assert reason in refuses(*wrong)
+    assert "by columns" in refuses(x, y, None, wants_sums=True)

@@ -42,6 +42,7 @@ _WORDS = ir.VectorType(ir.IntType(32), 16)
 _HALVES = ir.VectorType(ir.IntType(16), 16)
 _ALL_HALVES = ir.VectorType(ir.IntType(16), SIDE)
 _FLOATS = ir.VectorType(ir.FloatType(), 16)
+_DOUBLES = ir.VectorType(ir.DoubleType(), 8)
 # Of two lines of 16 numbers, the numbers that stand in a column side by side.
 _IN_PAIRS = [n // 2 + n % 2 * 16 for n in range(SIDE)]
 
@@ -310,16 +311,35 @@ def end_writing_past_cache(builder):
     _instruct(builder, "llvm.x86.sse.sfence")
 
 
-@_on_addresses(3)
-def add_lines(builder, source, stride, sums):
-    """Adds 32 lines of 16 bfloat16 numbers to 16 sums, float32, one line after the other."""
-    total = _load(builder, _FLOATS, sums, 4)
+def _add_lines(builder: Any, source: Any, stride: Any, sums: Any, wide: bool) -> None:
+    lines = []
     for line in range(SIDE):
         place = _after(builder, source, builder.mul(stride, _INTEGER(line)))
-        words = builder.zext(_load(builder, _HALVES, place, 2), _WORDS)
-        shifted = builder.shl(words, ir.Constant(_WORDS, [16] * 16))
-        total = builder.fadd(total, builder.bitcast(shifted, _FLOATS))
-    _store(builder, total, sums, 4)
+        if wide:
+            lines.append(_load(builder, _FLOATS, place, 4))
+        else:
+            words = builder.zext(_load(builder, _HALVES, place, 2), _WORDS)
+            shifted = builder.shl(words, ir.Constant(_WORDS, [16] * 16))
+            lines.append(builder.bitcast(shifted, _FLOATS))
+    while len(lines) > 1:  # each number goes through five roundings
+        lines = [builder.fadd(*lines[n : n + 2]) for n in range(0, len(lines), 2)]
+    for half in (0, 1):
+        part = _shuffle(builder, lines[0], lines[0], list(range(8 * half, 8 * half + 8)))
+        place = _after(builder, sums, 64 * half)
+        total = builder.fadd(_load(builder, _DOUBLES, place, 8), builder.fpext(part, _DOUBLES))
+        _store(builder, total, place, 8)
+
+
+@_on_addresses(3)
+def add_lines(builder, source, stride, sums):
+    """Adds 32 lines of 16 bfloat16 numbers to 16 sums, float64."""
+    _add_lines(builder, source, stride, sums, wide=False)
+
+
+@_on_addresses(3)
+def add_wide_lines(builder, source, stride, sums):
+    """As `add_lines`, of float32 numbers."""
+    _add_lines(builder, source, stride, sums, wide=True)
 
 
 @_on_addresses(1)

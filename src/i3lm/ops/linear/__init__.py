@@ -45,30 +45,52 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weight.T + bias`` and its gradients, by a function that gives such products."""
+    """``x @ weight.T + bias`` and its gradients by a function that multiplies two matrices.
+
+    It takes matrices x (M, K), y (K, N), a bias or None, and whether sums of x's rows are wanted.
+    It gives ``x @ y + bias``, and the sums or None.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, product):
         ctx.save_for_backward(x, weight)
         ctx.product = product
-        return product(x, weight, bias)
+        return product(x.flatten(0, -2), weight.T, bias, False)[0].unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        flat = grad.flatten(0, -2)
-        return (
-            ctx.product(grad, weight.T) if wants_x else None,
-            ctx.product(flat.T, x.flatten(0, -2).T) if wants_weight else None,
-            flat.sum(dim=0) if wants_bias else None,
-            None,
-        )
+        flat, shape = grad.flatten(0, -2), grad.shape[:-1]
+        grad_x = grad_weight = grad_bias = None
+        if wants_x:
+            grad_x = ctx.product(flat, weight, None, False)[0].unflatten(0, shape)
+        if wants_weight:
+            grad_weight, grad_bias = ctx.product(flat.T, x.flatten(0, -2), None, wants_bias)
+        elif wants_bias:
+            grad_bias = flat.sum(dim=0)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _multiply_by_onednn(
+    x: Tensor, y: Tensor, bias: Tensor | None, wants_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    return _product(x, y.T, bias), x.sum(dim=1) if wants_sums else None
+
+
+def _multiply_wide_by_tiles(
+    x: Tensor, y: Tensor, bias: Tensor | None, wants_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    from i3lm.ops.linear.amx_float32 import multiply_float32, refuses
+
+    if refuses(x, y, bias, wants_sums) is None:
+        return multiply_float32(x, y, bias, wants_sums)
+    return F.linear(x, y.T, bias), x.sum(dim=1) if wants_sums else None
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    output: Tensor = _Product.apply(x, weight, bias, _product)
+    output: Tensor = _Product.apply(x, weight, bias, _multiply_by_onednn)
     return output
 
 
@@ -77,23 +99,8 @@ def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     if refuses(x.flatten(0, -2), weight.T, bias) is not None:
         return F.linear(x, weight, bias)
-    output: Tensor = _Product.apply(x, weight, bias, _product_by_tiles)
+    output: Tensor = _Product.apply(x, weight, bias, _multiply_wide_by_tiles)
     return output
-
-
-def _product_by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    from i3lm.ops.linear.amx_float32 import multiply_float32, refuses
-
-    flat = x.flatten(0, -2)
-    if refuses(flat, weight.T, bias) is not None:
-        return F.linear(x, weight, bias)
-    return multiply_float32(flat, weight.T, bias).unflatten(0, x.shape[:-1])
-
-
-def _tiles_refuse(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype != torch.float32:
-        return f"serves float32, not {dtype}"
-    return amx_refuses(device, torch.bfloat16)  # of which float32 numbers are made
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,6 +113,12 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     low = None if bias is None else bias.to(weight.dtype)
     return F.linear(x.to(weight.dtype), weight, low).to(x.dtype)
+
+
+def _tiles_refuse(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype != torch.float32:
+        return f"serves float32, not {dtype}"
+    return amx_refuses(device, torch.bfloat16)  # of which float32 numbers are made
 
 
 class _Narrowed(torch.autograd.Function):

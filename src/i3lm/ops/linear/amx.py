@@ -132,7 +132,7 @@ def _pack_lines_across(matrix, second, low, high, inner, sums, spare, target):
             else:
                 pack_second_columns(place, stride, tile)
             if sums:
-                add_lines(place, stride, sums + 4 * (low + 16 * s))
+                add_lines(place, stride, sums + 8 * (low + 16 * s))
 
 
 @serial_as_written()
@@ -293,13 +293,13 @@ def multiply(
     tasks = match_threads()
     # Small blocks first: one that is freed behind a large one is a hole that stays.
     summands = x.new_zeros(N, dtype=torch.float32) if bias is None else bias.float().contiguous()
-    sums = x.new_zeros(M, dtype=torch.float32) if wants_sums else None
+    sums = x.new_zeros(M, dtype=torch.float64) if wants_sums else None
     output = x.new_empty(M, N)
     sizes = _sizes(x, y, tasks)
     start = scratch.address(tasks * sizes.room)
     places = summands.data_ptr(), 0 if sums is None else sums.data_ptr(), output.data_ptr()
     _multiply(layout(x), layout(y), *places, sizes, shapes().data_ptr(), start, tasks)
-    return output, sums
+    return output, None if sums is None else sums.float()
 
 
 def refuses(x: Tensor, y: Tensor, bias: Tensor | None, wants_sums: bool) -> str | None:

@@ -33,6 +33,7 @@ from i3lm.ops.amx_bridge import (
     SIDE,
     TILE_BYTES,
     add_product_of_parts,
+    add_wide_lines,
     begin,
     end,
     fetch_far,
@@ -119,10 +120,11 @@ def _split_block(matrix, second, upright, low, high, first, last, spare, target)
 
 
 @serial_as_written()
-def _split(matrix, second, low, high, start, stop, spare, target):
+def _split(matrix, second, low, high, start, stop, sums, spare, target):
     """Splits rows of the first matrix, or columns of the second, in blocks of 32.
 
-    Of the numbers summed over, those from start to stop. Lines are read from end to end.
+    Of the numbers summed over, those from start to stop. Lines are read from end to end; those
+    across which the sums run may be added up.
     """
     upright = matrix.by_rows != second  # whether a line has the numbers that are summed over
     steps = (stop - start + SIDE - 1) // SIDE
@@ -142,6 +144,13 @@ def _split(matrix, second, low, high, start, stop, spare, target):
             place = target + ((i - low) // SIDE * steps + (k - start) // SIDE) * _STEP_BYTES
             bottom, last = min(i + SIDE, high), min(k + SIDE, stop)
             _split_block(matrix, second, False, i, bottom, k, last, spare, place)
+            if sums:
+                # Where lines are missing, the block was read from a copy that zeros fill up.
+                lines, stride = matrix.address + k * matrix.stride + 4 * i, matrix.stride
+                if last - k < SIDE:
+                    lines, stride = spare, ROW_BYTES
+                for half in range(2):
+                    add_wide_lines(lines + half * LINE, stride, sums + 8 * (i + 16 * half))
 
 
 @serial_as_written()
@@ -175,7 +184,7 @@ def _multiply_share(y, summands, output, sizes, start, stop, packed, task, room)
     spare = room + sizes.columns_at_once // SIDE * block_bytes
     for low in range(first, last, sizes.columns_at_once):
         high = min(low + sizes.columns_at_once, last)
-        _split(y, True, low, high, start, stop, spare, room)
+        _split(y, True, low, high, start, stop, 0, spare, room)
         for i in range(top, bottom, SIDE):
             rows, left = min(SIDE, bottom - i), packed + i // SIDE * block_bytes
             for j in range(low, high, SIDE):
@@ -193,12 +202,12 @@ def _multiply_share(y, summands, output, sizes, start, stop, packed, task, room)
 # Two kernels: of two loops in one, numba might make one loop, in which a task multiplies what
 # another one has not split yet.
 @compiled()
-def _split_first(x, sizes, start, stop, packed, rooms, tasks):
+def _split_first(x, sums, sizes, start, stop, packed, rooms, tasks):
     steps = (stop - start + SIDE - 1) // SIDE
     for task in prange(tasks):
         low, high = share_of(sizes.rows, task, tasks)
         spare, target = rooms + task * sizes.room, packed + low // SIDE * steps * _STEP_BYTES
-        _split(x, False, low, high, start, stop, spare, target)
+        _split(x, False, low, high, start, stop, sums, spare, target)
 
 
 @compiled()
@@ -222,8 +231,10 @@ def _sizes(M: int, K: int, N: int, tasks: int) -> _Sizes:
     return _Sizes(M, N, K, at_once, across, tasks // across, columns, whole(room, 4096))
 
 
-def multiply_float32(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Gives ``x @ y + bias`` in float32, as exact as a sum in float32.
+def multiply_float32(
+    x: Tensor, y: Tensor, bias: Tensor | None = None, wants_sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Gives ``x @ y + bias``, as exact as a sum in float32, and the sums of x's rows or None.
 
     What is infinite, or rounds to 2**128 in 8 bits, gives NaN. Products below 2**-126 count as
     zero, and numbers below 2**-110 lose their last bits.
@@ -232,10 +243,13 @@ def multiply_float32(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor
         x: Shape (M, K), float32, its rows or its columns in one piece each.
         y: Shape (K, N), float32, likewise.
         bias: Shape (N,), float32, or None.
+        wants_sums: Whether the sums are wanted, shape (M,). Then x lies by columns.
     """
     (M, K), N = x.shape, y.shape[1]
     tasks = match_threads()
+    # Small blocks first: one that is freed behind a large one is a hole that stays.
     summands = x.new_zeros(N) if bias is None else bias.contiguous()
+    sums = x.new_zeros(M, dtype=torch.float64) if wants_sums else None
     output = x.new_empty(M, N)
     at_once = _sizes(M, K, N, tasks).at_once
     most = max(_MANY_OF_FIRST // at_once // SIDE, 1) * SIDE
@@ -245,15 +259,18 @@ def multiply_float32(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor
         size = whole(sizes.rows, SIDE) // SIDE * (at_once // SIDE) * _STEP_BYTES
         packed = scratch.address(size + tasks * sizes.room)
         memory = packed, packed + size, tasks
+        total = 0 if sums is None else sums[low:].data_ptr()
         for start in range(0, K, at_once):
             piece = sizes, start, min(start + at_once, K)
-            _split_first(layout(rows), *piece, *memory)
+            _split_first(layout(rows), total, *piece, *memory)
             places = summands.data_ptr(), target
             _multiply(layout(y), *places, *piece, shapes().data_ptr(), *memory)
-    return output
+    return output, None if sums is None else sums.float()
 
 
-def refuses(x: Tensor, y: Tensor, bias: Tensor | None = None) -> str | None:
+def refuses(
+    x: Tensor, y: Tensor, bias: Tensor | None = None, wants_sums: bool = False
+) -> str | None:
     """Why `multiply_float32` does not serve these, or another way is as good; or None."""
     present = [part for part in (x, y, bias) if part is not None]
     if any(part.device.type != "cpu" for part in present):
@@ -262,6 +279,8 @@ def refuses(x: Tensor, y: Tensor, bias: Tensor | None = None) -> str | None:
         return "multiplies float32"
     if (reason := refuses_shapes(x, y, bias)) is not None:
         return reason
+    if wants_sums and x.stride(1) == 1:
+        return "sums what lies by columns"
     (M, K), N = x.shape, y.shape[1]
     if M * K * N < _WORTH or min(M, N) < _WORTH_ROWS or K < _WORTH_STEPS:
         return "serves large products"
