@@ -87,7 +87,7 @@ quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 held = []
 for training in range(3):
     keep_freed_memory()
-    held += [torch.empty(quarter // 2, dtype=torch.uint8)]  # never touched
+    held += [torch.empty(quarter, dtype=torch.uint8)]  # never touched
 subprocess.run(["echo", "forked"], preexec_fn=lambda: None, check=True)  # that forks, by the book
 """
 

@@ -161,7 +161,7 @@ def _extend_heap_in_large_pages() -> None:
 
     Where so many addresses are not to be had (a limit of the process, or a system that promises no
     more memory than it has), or would be touched, the heap stays as it is. Never for more than the
-    machine has: Linux refuses to fork a process in which one range of addresses is larger.
+    machine has: Linux refuses to fork a process with one range of addresses larger than that.
     """
     import resource  # not on Windows
 

@@ -67,8 +67,9 @@ def test_it_is_as_exact_as_a_sum_in_float32(data: st.DataObject):
     terms = x.double().abs() @ y.double().abs() + (0 if bias is None else bias.double().abs())
     exact = x.double() @ y.double() + (0 if bias is None else bias.double())
     # The bound of a float32 sum of K products and a bias, one after the other (Higham, Accuracy and
-    # Stability of Numerical Algorithms, section 3.1), and of the parts that are left out.
-    assert ((got.double() - exact).abs() <= (K + 3) * U * terms).all()
+    # Stability of Numerical Algorithms, section 3.1), of six products in place of one, and of the
+    # parts that are left out.
+    assert ((got.double() - exact).abs() <= (K + 8) * U * terms).all()
     # The same bits for any number of threads.
     assert torch.equal(of_one[0], got)
     assert (sums is None) == x_by_rows
@@ -110,9 +111,13 @@ def test_very_small_and_very_large_numbers():
     def product(left: float, right: float) -> torch.Tensor:
         return _multiply(torch.full((40, 64), left), torch.full((64, 32), right))
 
-    assert (product(2.0**-60, 2.0**-59) == 2.0**-113).all()
+    odd = 1 + 2.0**-23  # all 24 bits count
+    assert (product(odd * 2.0**-78, 2.0**-24) == odd * 2.0**-96).all()  # 2**-102, 64 times
+    assert (product(odd * 2.0**-90, 2.0**-24) == 2.0**-108).all()
+    assert (product(odd * 2.0**-103, 2.0**20) == odd * 2.0**-77).all()
+    assert (product(odd * 2.0**-104, 2.0**20) == 2.0**-78).all()
     assert (product(2.0**-70, 2.0**-59) == 0).all()  # each product is below 2**-126
-    assert (product(2.0**110, 2.0**1) == 2.0**117).all()
+    assert (product(odd * 2.0**110, 2.0**1) == odd * 2.0**117).all()
     assert (product(2.0**70, -(2.0**60)) == -torch.inf).all()
     assert product(torch.inf, 1).isnan().all()
 
@@ -146,32 +151,80 @@ def _watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return served
 
 
-def test_it_serves_the_products_of_training(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("wanted", ["111", "011", "101", "110", "001", "100"])
+@pytest.mark.parametrize("lies", ["plain", "turned", "expanded"])
+def test_it_serves_the_products_of_training(
+    wanted: str, lies: str, monkeypatch: pytest.MonkeyPatch
+):
     served = _watched(monkeypatch)
-    exact = [_numbers(*s).double() for s in ((2, 512, 256), (512, 256), (512,))]
-    inputs = [x.float().requires_grad_() for x in exact]
-    expected = F.linear(*[x.requires_grad_() for x in exact])
-    weights = _numbers(2, 512, 512).double()
+    exact = [_numbers(*s).double() for s in ((2, 512, 256), (640, 256), (640,))]
+    weights = _numbers(2, 512, 640).double()
+    if lies == "turned":
+        exact[0], exact[1] = _numbers(512, 2, 256).double().transpose(0, 1), exact[1].T.clone().T
+    elif lies == "expanded":
+        weights = weights[:1, :1, :1].expand(weights.shape)
+    inputs = [x.float().requires_grad_(w == "1") for x, w in zip(exact, wanted, strict=True)]
+    exact = [x.requires_grad_(w == "1") for x, w in zip(exact, wanted, strict=True)]
     with use_implementation(linear="amx"):
-        got = linear(*inputs)
-        grads = torch.autograd.grad(got, inputs, weights.float())
-    wanted = torch.autograd.grad(expected, exact, weights)
-    assert served == [(1024, 256, 512), (1024, 512, 256), (512, 1024, 256)]
-    for a, b in zip((got, *grads), (expected, *wanted), strict=True):
-        assert a.shape == b.shape
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
+        got, expected = linear(*inputs), F.linear(*exact)
+        assert served == [(1024, 256, 640)]
+        if lies == "expanded":
+            (got.sum() * weights[0, 0, 0].item()).backward()
+        else:
+            got.backward(weights.float())
+        expected.backward(weights)
+    if lies == "plain":
+        of_x, of_weight = (1024, 640, 256), (640, 1024, 256)
+        parts = [of_x] * int(wanted[0]) + [of_weight] * int(wanted[1])
+        assert served[1:] == parts
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
+    for a, b in zip(inputs, exact, strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            assert a.grad.shape == a.shape
+            torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=2e-4)
 
 
-def test_small_products_and_odd_widths_are_left_to_the_library(monkeypatch: pytest.MonkeyPatch):
+def test_what_it_gives_can_be_used_as_that_of_pytorch():
+    x, weight = _numbers(512, 512).requires_grad_(), _numbers(512, 512)
+    with use_implementation(linear="amx"):
+        output = linear(x, weight)
+        output.add_(1)  # in place
+        (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.sum(), x)
+        # 2 W^T W, summed over one side.
+        expected = 2 * (weight.double().T @ weight.double()).sum(0).expand(512, 512)
+        torch.testing.assert_close(second.double(), expected, rtol=1e-4, atol=1e-2)
+        gradient = torch.func.grad(lambda x: linear(x, weight).square().sum() / 2)(x.detach())
+    product = x.detach().double() @ weight.double().T @ weight.double()
+    torch.testing.assert_close(gradient.double(), product, rtol=1e-4, atol=1e-2)
+
+
+def test_what_it_leaves_to_the_library(monkeypatch: pytest.MonkeyPatch):
     served = _watched(monkeypatch)
     with use_implementation(linear="amx"):
         for shape, width in (((64, 256), 512), ((4096, 257), 256), ((4096, 256), 250)):
             x, weight = _numbers(*shape), _numbers(width, shape[1])
-            assert torch.equal(linear(x, weight), F.linear(x, weight))
-        # PyTorch's own product can be differentiated twice.
-        x = _numbers(3, 4).requires_grad_()
-        torch.autograd.gradgradcheck(lambda x: linear(x, x).square(), x.double())
+            torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
     assert not served
+    # A product that it serves, both of whose gradients are too narrow for it.
+    x, weight = _numbers(1024, 64).requires_grad_(), _numbers(2048, 64).requires_grad_()
+    with use_implementation(linear="amx"):
+        linear(x, weight).sum().backward()
+    assert served == [(1024, 64, 2048)]
+    expected = weight.detach().sum(0).expand(1024, 64), x.detach().sum(0).expand(2048, 64)
+    torch.testing.assert_close((x.grad, weight.grad), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_who_asks_for_less_exact_products_gets_those_of_pytorch():
+    where, amx = (torch.device("cpu"), torch.float32), LINEAR.named("amx")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert "less exact" in amx.refuses(*where)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert amx.refuses(*where) is None
 
 
 def test_it_refuses_what_it_would_misread():

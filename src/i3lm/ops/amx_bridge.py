@@ -224,7 +224,7 @@ def add_product_of_rows(builder, left, stride, right):
 def add_product_of_parts(builder, left, right):
     """Adds the product of numbers in three parts each, `PARTS` pairs of tiles, to the block.
 
-    Of nine products of parts the three smallest are left out: in the mean 2**-27 of the whole.
+    Of nine products of parts the three smallest are left out: as a rule 2**-27 of the whole.
     """
     line = _INTEGER(64)
 
@@ -439,9 +439,9 @@ def _packer(upright: bool, second: bool, wide: bool = False, parts: int = 1) -> 
             each of 32 lines has a number of every row.
         second: Whether it is the second operand.
         wide: Whether the numbers are float32, to be rounded to the nearest, or even.
-        parts: In so many tiles, `PAIR_BYTES` apart, of which each but the first has what rounding
-            left of the numbers so far. Three hold all of a float32 number, whose lowest part is
-            above 2**-126.
+        parts: Wide ones in so many tiles, `PAIR_BYTES` apart, of which each but the first has what
+            rounding left of the numbers so far. Three hold all 24 bits of a float32 number, where
+            the last of them is 2**-126 or more.
     """
     turns = upright == second
 

@@ -90,7 +90,7 @@ def _normal(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) 
 
 def _linear(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     # So large that every implementation serves it itself.
-    inputs = _normal(device, dtype, (2, 512, 256), (512, 256), (512,))
+    inputs = _normal(device, dtype, (2, 512, 256), (640, 256), (640,))
     output = linear(*inputs)
     return [output, *_gradients(output, inputs)]
 

@@ -107,10 +107,11 @@ def linear_cross_entropy(
         wants = torch.is_grad_enabled()
         return _InPiecesOfVocabulary.apply(hidden, weight, bias, labels, ignore_index, dtype, wants)
     most = max(1, piece_bytes // (dtype.itemsize * weight.shape[0]))
-    most -= most % SIDE if most > SIDE else 0
+    multiple = SIDE if most >= SIDE else 1
+    most -= most % multiple
     pieces = max(1, -(-hidden.shape[0] // most))
-    # Equal pieces, in whole tiles: no small one at the end.
-    rows = min(-(-hidden.shape[0] // pieces // SIDE) * SIDE, most) or 1
+    # Equal pieces but for whole tiles: only the last may be smaller.
+    rows = max(-(-hidden.shape[0] // pieces // multiple) * multiple, 1)
     # Inside the function PyTorch hides whether gradients are on.
     settings = (ignore_index, rows, dtype, torch.is_grad_enabled())
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, *settings)

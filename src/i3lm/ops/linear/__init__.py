@@ -38,45 +38,52 @@ def _onednn_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # The gradient of a sum is one number expanded; oneDNN would take its slowest path for it.
     x, weight = (y.contiguous() if 0 in y.stride() else y for y in (x, weight))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weight.T + bias`` and its gradients by a function that multiplies two matrices.
+    """``x @ weight.T + bias`` of matrices, and its gradients, by a function that multiplies two.
 
-    It takes matrices x (M, K), y (K, N), a bias or None, and whether sums of x's rows are wanted.
-    It gives ``x @ y + bias``, and the sums or None.
+    It takes x (M, K), y (K, N), a bias or None, and whether sums of x's rows are wanted. It gives
+    ``x @ y + bias``, and the sums or None.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, product):
-        ctx.save_for_backward(x, weight)
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         ctx.product = product
-        return product(x.flatten(0, -2), weight.T, bias, False)[0].unflatten(0, x.shape[:-1])
+        return product(x, weight.T, bias, False)[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        flat, shape = grad.flatten(0, -2), grad.shape[:-1]
+        # PyTorch's own products where the gradients themselves are to be differentiated.
+        product = _multiply_by_torch if torch.is_grad_enabled() else ctx.product
         grad_x = grad_weight = grad_bias = None
         if wants_x:
-            grad_x = ctx.product(flat, weight, None, False)[0].unflatten(0, shape)
+            grad_x = product(grad, weight, None, False)[0]
         if wants_weight:
-            grad_weight, grad_bias = ctx.product(flat.T, x.flatten(0, -2), None, wants_bias)
+            grad_weight, grad_bias = product(grad.T, x, None, wants_bias)
         elif wants_bias:
-            grad_bias = flat.sum(dim=0)
+            grad_bias = grad.sum(dim=0)
         return grad_x, grad_weight, grad_bias, None
+
+
+def _multiply_by_torch(
+    x: Tensor, y: Tensor, bias: Tensor | None, wants_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    return F.linear(x, y.T, bias), x.sum(dim=1) if wants_sums else None
 
 
 def _multiply_by_onednn(
     x: Tensor, y: Tensor, bias: Tensor | None, wants_sums: bool
 ) -> tuple[Tensor, Tensor | None]:
-    return _product(x, y.T, bias), x.sum(dim=1) if wants_sums else None
+    return _onednn_product(x, y.T, bias), x.sum(dim=1) if wants_sums else None
 
 
 def _multiply_wide_by_tiles(
@@ -86,21 +93,22 @@ def _multiply_wide_by_tiles(
 
     if refuses(x, y, bias, wants_sums) is None:
         return multiply_float32(x, y, bias, wants_sums)
-    return F.linear(x, y.T, bias), x.sum(dim=1) if wants_sums else None
+    return _multiply_by_torch(x, y, bias, wants_sums)
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    output: Tensor = _Product.apply(x, weight, bias, _multiply_by_onednn)
-    return output
+    output: Tensor = _Product.apply(x.flatten(0, -2), weight, bias, _multiply_by_onednn)
+    return output.unflatten(0, x.shape[:-1])
 
 
 def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from i3lm.ops.linear.amx_float32 import refuses
 
-    if refuses(x.flatten(0, -2), weight.T, bias) is not None:
+    flat = x.flatten(0, -2)
+    if refuses(flat, weight.T, bias) is not None:
         return F.linear(x, weight, bias)
-    output: Tensor = _Product.apply(x, weight, bias, _multiply_wide_by_tiles)
-    return output
+    output: Tensor = _Product.apply(flat, weight, bias, _multiply_wide_by_tiles)
+    return output.unflatten(0, x.shape[:-1])
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -116,8 +124,14 @@ def _mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _tiles_refuse(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {device.type}"
     if dtype != torch.float32:
         return f"serves float32, not {dtype}"
+    if not torch.cpu._is_amx_tile_supported():  # before numba is loaded to say more
+        return "this processor has no AMX"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "PyTorch is told that float32 products may be less exact"
     return amx_refuses(device, torch.bfloat16)  # of which float32 numbers are made
 
 
@@ -222,7 +236,7 @@ def _multiply_by_library(
     elif wants_sums:
         sums = x.sum(dim=1, dtype=torch.float32)
     by_onednn = tiles and low is not None and low.shape == weight.shape[:1]
-    return (_product if by_onednn else F.linear)(x, weight, low), sums
+    return (_onednn_product if by_onednn else F.linear)(x, weight, low), sums
 
 
 def _has_onednn() -> bool:
@@ -268,12 +282,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     PyTorch computes float32 products on a CPU with MKL, which keeps to AVX2 on processors that
     are not Intel's; oneDNN, in the same wheel, uses AVX512 on all that have it and is then about
-    twice as fast, but on Intel's own the slower one. Without gradients, a few rows go through a
-    kernel that reads the matrix at the speed of memory (benchmarks/NOTES.md). Under autocast on a
-    CPU, products of a float32 weight and their gradients, which are not differentiated further,
-    go to a kernel for AMX, or take the form in which oneDNN is fast.
-    All other cases are `torch.nn.functional.linear`: accelerators, quantised weights, and traced
-    calls, which a compiler replaces anyway.
+    twice as fast, but on Intel's own the slower one. Where a processor has AMX, large float32
+    products are sums of products of bfloat16 parts, no less exact and 1.3 to 1.6 times as fast as
+    either, but for numbers near the ends of float32's range (`i3lm.ops.linear.amx_float32`).
+    Without gradients, a few rows go through a kernel that reads the matrix at the speed of memory
+    (benchmarks/NOTES.md). Under autocast on a CPU, products of a float32 weight and their
+    gradients, which are not differentiated further, go to a kernel for AMX, or take the form in
+    which oneDNN is fast.
+    All other cases are `torch.nn.functional.linear`: accelerators, quantised weights, transforms of
+    `torch.func`, and traced calls, which a compiler replaces anyway.
 
     Args:
         x: Inputs, shape (..., in).
@@ -291,6 +308,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.numel() == 0
         or type(weight) not in (Tensor, torch.nn.Parameter)
         or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
     ):
         return plain(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):

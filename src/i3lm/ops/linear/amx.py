@@ -304,19 +304,17 @@ def multiply(
 
 def refuses(x: Tensor, y: Tensor, bias: Tensor | None, wants_sums: bool) -> str | None:
     """Why `multiply` does not serve these, or None."""
-    if any(part is not None and part.device.type != "cpu" for part in (x, y, bias)):
-        return "runs on the CPU"
+    if (reason := refuses_layout(x, y, bias, wants_sums)) is not None:
+        return reason
     if x.dtype != torch.bfloat16 or y.dtype not in (torch.bfloat16, torch.float32):
         return f"multiplies bfloat16 by bfloat16 or float32, not {x.dtype} by {y.dtype}"
-    if (reason := refuses_shapes(x, y, bias)) is not None:
-        return reason
-    if wants_sums and x.stride(1) == 1:
-        return "sums what lies by columns"
     return f"serves sizes up to {LARGEST}" if max(x.shape) > LARGEST else None
 
 
-def refuses_shapes(x: Tensor, y: Tensor, bias: Tensor | None) -> str | None:
-    """Why tiles do not serve matrices that lie so, or None."""
+def refuses_layout(x: Tensor, y: Tensor, bias: Tensor | None, wants_sums: bool) -> str | None:
+    """Why tiles do not serve tensors of such shapes that lie so, or None."""
+    if any(part is not None and part.device.type != "cpu" for part in (x, y, bias)):
+        return "runs on the CPU"
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[0]:
         return f"takes matrices (M, K) and (K, N), not {tuple(x.shape)} and {tuple(y.shape)}"
     (M, K), N = x.shape, y.shape[1]
@@ -329,4 +327,4 @@ def refuses_shapes(x: Tensor, y: Tensor, bias: Tensor | None) -> str | None:
         return f"takes widths that are multiples of {SIDE}"
     if M % SIDE and not x_by_rows:
         return f"takes columns in multiples of {SIDE}"
-    return None
+    return "sums what lies by columns" if wants_sums and x_by_rows else None

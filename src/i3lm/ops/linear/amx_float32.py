@@ -2,7 +2,7 @@
 
 A float32 number is the sum of three bfloat16 numbers: itself rounded to 8 bits, what that left
 rounded, and the rest. Of the nine products of two such sums, six are computed, each exact, and
-added in float32. The other three are 2**-27 of the whole in the mean, 2**-24 at most: a fifth of
+added in float32. The other three are 2**-27 of the whole as a rule, 2**-24 at most: a fifth of
 what a float32 product loses when it is rounded. Six products in tiles still take two thirds of the
 time of one in vectors of float32 (benchmarks/NOTES.md).
 
@@ -49,7 +49,7 @@ from i3lm.ops.linear.amx import (
     copy_lines,
     fetch_lines,
     layout,
-    refuses_shapes,
+    refuses_layout,
     scratch,
     share_of,
     whole,
@@ -182,6 +182,8 @@ def _multiply_share(y, summands, output, sizes, start, stop, packed, task, room)
     steps, stride = (stop - start + SIDE - 1) // SIDE, 4 * sizes.columns
     block_bytes = steps * _STEP_BYTES
     spare = room + sizes.columns_at_once // SIDE * block_bytes
+    if top == bottom:  # more tasks than rows
+        return
     for low in range(first, last, sizes.columns_at_once):
         high = min(low + sizes.columns_at_once, last)
         _split(y, True, low, high, start, stop, 0, spare, room)
@@ -222,9 +224,8 @@ def _multiply(y, summands, output, sizes, start, stop, shapes, packed, rooms, ta
 def _sizes(M: int, K: int, N: int, tasks: int) -> _Sizes:
     at_once = whole(-(-K // -(-K // _DEEP)), SIDE)
     columns = max(_MANY // at_once // SIDE, 1) * SIDE
-    # By columns, as long as each has enough of them: then none are packed twice.
-    parts = [n for n in range(1, tasks + 1) if tasks % n == 0 and n * columns <= N]
-    across = max(parts, default=1)
+    # By columns, as far as there are some for each: then none are packed twice.
+    across = max(n for n in range(1, tasks + 1) if tasks % n == 0 and (n - 1) * SIDE < N)
     share = whole(-(-N // across), SIDE)
     columns = whole(-(-share // -(-share // columns)), SIDE)  # equal pieces
     room = columns // SIDE * (at_once // SIDE) * _STEP_BYTES + BLOCK_BYTES
@@ -236,8 +237,9 @@ def multiply_float32(
 ) -> tuple[Tensor, Tensor | None]:
     """Gives ``x @ y + bias``, as exact as a sum in float32, and the sums of x's rows or None.
 
-    What is infinite, or rounds to 2**128 in 8 bits, gives NaN. Products below 2**-126 count as
-    zero, and numbers below 2**-110 lose their last bits.
+    But for the ends of the range: numbers below 2**-103 and products below 2**-102 lose their last
+    bits, and what is below 2**-126 counts as zero; numbers and results above 2**127 may become
+    infinite, or NaN, which an infinite number gives always.
 
     Args:
         x: Shape (M, K), float32, its rows or its columns in one piece each.
@@ -272,15 +274,10 @@ def refuses(
     x: Tensor, y: Tensor, bias: Tensor | None = None, wants_sums: bool = False
 ) -> str | None:
     """Why `multiply_float32` does not serve these, or another way is as good; or None."""
-    present = [part for part in (x, y, bias) if part is not None]
-    if any(part.device.type != "cpu" for part in present):
-        return "runs on the CPU"
-    if any(part.dtype != torch.float32 for part in present):
-        return "multiplies float32"
-    if (reason := refuses_shapes(x, y, bias)) is not None:
+    if (reason := refuses_layout(x, y, bias, wants_sums)) is not None:
         return reason
-    if wants_sums and x.stride(1) == 1:
-        return "sums what lies by columns"
+    if any(part is not None and part.dtype != torch.float32 for part in (x, y, bias)):
+        return "multiplies float32"
     (M, K), N = x.shape, y.shape[1]
     if M * K * N < _WORTH or min(M, N) < _WORTH_ROWS or K < _WORTH_STEPS:
         return "serves large products"
