@@ -83,11 +83,11 @@ def test_freed_memory_is_kept(limit: str):
 FORKS = """
 import os, subprocess, torch
 from i3lm.device import keep_freed_memory
-quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+share = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 20 * 3
 held = []
 for training in range(3):
     keep_freed_memory()
-    held += [torch.empty(quarter, dtype=torch.uint8)]  # never touched
+    held += [torch.empty(share, dtype=torch.uint8)]  # never touched
 subprocess.run(["echo", "forked"], preexec_fn=lambda: None, check=True)  # that forks, by the book
 """
 

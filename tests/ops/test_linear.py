@@ -47,6 +47,27 @@ def test_product_and_gradients_in_float32(name: str, data: st.DataObject):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+# Few products of numbers, and as many as the kernel for AMX serves itself.
+@pytest.mark.parametrize("size", [24, 512])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_product_changed_in_place_differentiated_twice_and_by_functions(name: str, size: int):
+    generator = make_generator(size)
+    x, weight = (torch.randn(size, size, generator=generator) for _ in range(2))
+    x.requires_grad_()
+    with use_implementation(linear=name):
+        output = linear(x, weight)
+        output.add_(1)
+        (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.sum(), x)
+        by_function = torch.func.grad(lambda x: linear(x, weight).square().sum())(x.detach())
+    exact, matrix = x.detach().double(), weight.double()
+    # Of the sum of (x W^T)^2: 2 x W^T W, and 2 W^T W summed over one side.
+    square = 2 * matrix.T @ matrix
+    torch.testing.assert_close(by_function.double(), exact @ square, rtol=1e-4, atol=1e-2)
+    expected = square.sum(0).expand(size, size)
+    torch.testing.assert_close(second.double(), expected, rtol=1e-4, atol=1e-2)
+
+
 def test_intel_has_the_better_library_for_its_own(monkeypatch: pytest.MonkeyPatch):
     onednn = LINEAR.named("onednn")
     where = torch.device("cpu"), torch.float32
