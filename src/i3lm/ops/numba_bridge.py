@@ -330,14 +330,20 @@ def copy(target, source):
         target[i] = written(widen(source[i]), target[i])
 
 
+def fetch_at(builder: Any, address: Any) -> None:
+    """Emits that the 64 bytes around an address be brought into the cache, to stay."""
+    integer = ir.IntType(32)
+    form = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, *[integer] * 3])
+    function = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0i8")
+    place = builder.inttoptr(address, cgutils.voidptr_t)
+    builder.call(function, [place, integer(0), integer(3), integer(1)])  # of data
+
+
 def _type_fetch_line(typing_context: Any, array: Any, index: Any) -> tuple[Any, Any]:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         view = context.make_array(signature.args[0])(context, builder, values[0])
-        place = builder.bitcast(builder.gep(view.data, [values[1]]), cgutils.voidptr_t)
-        integer = ir.IntType(32)
-        form = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, *[integer] * 3])
-        function = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0i8")
-        builder.call(function, [place, integer(0), integer(3), integer(1)])  # of data, to stay
+        place = builder.gep(view.data, [values[1]])
+        fetch_at(builder, builder.ptrtoint(place, ir.IntType(64)))
         return context.get_dummy_value()
 
     return types.none(array, types.intp), generate

@@ -12,16 +12,17 @@ import torch
 from numba import carray, prange
 from torch import Tensor
 
+from i3lm.ops.linear.numba_streams import STREAMS, dots_of_lines, whole_lines
 from i3lm.ops.numba_bridge import (
     address_of,
     call,
     compiled,
-    fetch,
     floats,
     inlined,
     match_threads,
     pointer,
     serial,
+    serial_as_written,
     widen,
 )
 
@@ -30,29 +31,16 @@ from i3lm.ops.numba_bridge import (
 WEIGHT, SCALE, BIAS, HEIGHT, WIDTH, INPUT, OUTPUT, NUMBERS = range(8)
 
 
-# So many rows of a matrix at a time: their streams keep more of the memory's lines under way.
-_TOGETHER = 4
-
-
-# Functions of their own: within a parallel loop a sum would stay scalar.
-@serial()
-def _dots(x, a, b, c, d):
-    """The products of a vector with four rows."""
-    p = q = r = s = np.float32(0)
-    for i in range(x.size):
-        p += widen(a[i]) * x[i]
-        q += widen(b[i]) * x[i]
-        r += widen(c[i]) * x[i]
-        s += widen(d[i]) * x[i]
-    return p, q, r, s
-
-
-@serial()
-def _dot(x, row):
-    total = np.float32(0)
-    for i in range(x.size):
-        total += widen(row[i]) * x[i]
-    return total
+@serial_as_written()
+def _dots(x, weight, rows):
+    """The products of a vector with rows of a matrix."""
+    a, b, c, d = dots_of_lines(x, weight, rows)
+    for i in range(whole_lines(weight), weight.shape[1]):
+        a += widen(weight[rows[0], i]) * x[i]
+        b += widen(weight[rows[1], i]) * x[i]
+        c += widen(weight[rows[2], i]) * x[i]
+        d += widen(weight[rows[3], i]) * x[i]
+    return a, b, c, d
 
 
 @inlined()
@@ -66,22 +54,15 @@ def _finish(total, n, scale, bias):
 
 @serial()
 def _multiply_rows(x, weight, scale, bias, output, low, high):
-    if high - low < _TOGETHER:
-        for n in range(low, high):
-            for r in range(x.shape[0]):
-                output[r, n] = _finish(_dot(x[r], weight[n]), n, scale, bias)
-        return
-    for start in range(low, high, _TOGETHER):
-        # The last ones once more where fewer are left: so a row's sum has one order, wherever the
-        # threads' shares begin.
-        n = min(start, high - _TOGETHER)
-        if weight.itemsize < 4:  # narrow rows are so short that processors do not look far ahead
-            for ahead in range(n + _TOGETHER, min(n + 2 * _TOGETHER, high)):
-                fetch(weight[ahead])
+    # So many rows to a stream; one that is shorter stays at the last row.
+    length, last = (high - low + STREAMS - 1) // STREAMS, high - 1
+    for n in range(low, low + length):
+        second, third, fourth = n + length, n + 2 * length, n + 3 * length
+        rows = n, min(second, last), min(third, last), min(fourth, last)
         for r in range(x.shape[0]):
-            totals = _dots(x[r], weight[n], weight[n + 1], weight[n + 2], weight[n + 3])
-            for i in range(_TOGETHER):
-                output[r, n + i] = _finish(totals[i], n + i, scale, bias)
+            totals = _dots(x[r], weight, rows)
+            for i in range(STREAMS):
+                output[r, rows[i]] = _finish(totals[i], rows[i], scale, bias)
 
 
 @serial()
