@@ -43,6 +43,7 @@ SPECIAL = {
     "numba_float8": {"numba", "numpy"},
     "numba_streams": {"llvmlite", "numba"},
     "numba_table": {"numba", "numpy"},
+    "numba_team": {"llvmlite", "numba", "numpy"},
     "numba_transpose": {"llvmlite", "numba", "numpy"},
     "triton": {"triton"},
     "triton_bridge": {"triton"},

@@ -81,7 +81,7 @@ def test_bits_do_not_depend_on_where_arrays_lie(name: str):
         assert len(seen) == 1
 
 
-def _fail(R, C, x, at, work, tasks):
+def _fail(R, C, x, at, work, team):
     return 0
 
 

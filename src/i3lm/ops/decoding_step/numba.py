@@ -15,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import carray, prange
+from numba import carray
 
 from i3lm.ops.linear.numba import HEIGHT, INPUT, NUMBERS, OUTPUT, WIDTH
 from i3lm.ops.numba_bridge import (
     call,
-    compiled,
     exp,
     floats,
     inlined,
@@ -28,6 +27,7 @@ from i3lm.ops.numba_bridge import (
     serial,
     serial_as_written,
 )
+from i3lm.ops.numba_team import share_out
 from i3lm.ops.wkv.numba import next_token
 from i3lm.ops.wkv.reference import FASTEST_DECAY
 
@@ -41,6 +41,9 @@ STEP = np.dtype(
         ("multiply", _ADDRESS),
         ("attend", _ADDRESS),
         ("width", np.int64),  # of the middle or the state, or the number of heads
+        # Of an attention: the projections of its input, and what its heads make of them.
+        ("projected", _ADDRESS),
+        ("attended", _ADDRESS),
         ("epsilon", np.float64),
         ("norm", _ADDRESS, (2,)),  # weight and bias
         ("vectors", _ADDRESS, (5,)),
@@ -63,31 +66,28 @@ def _record(address):
     return carray(pointer(address), (1,), STEP)[0]
 
 
-@serial()
-def run(R, C, x, steps, count, work, tasks):
-    """Replaces x (R, C) by what the kernels make of it, one after the other.
+def run(arguments, team):
+    """Replaces x (R, C) by what kernels make of it, one after the other; leads a team.
 
     Args:
-        R: Rows.
-        C: Channels.
-        x: Its address.
-        steps: The address of the first record; the others follow.
-        count: The number of records.
-        work: The address of memory for `floats_needed` numbers.
-        tasks: The number of threads.
+        arguments: The address of int64 numbers: R, C, the address of x, that of the first record,
+            which the others follow, how many they are, and the address of memory for
+            `floats_needed` numbers.
+        team: The address of the team (`i3lm.ops.numba_team`).
 
     Returns:
-        How many were computed; fewer than `count` if one failed.
+        How many were computed; fewer than asked for if one failed.
     """
+    R, C, x, step, count, work = carray(pointer(arguments), (6,), np.int64)
     for i in range(count):
-        step = steps + i * _STEP_BYTES
-        if not call(_record(step).kernel, R, C, x, step, work, tasks):
+        if not call(_record(step).kernel, R, C, x, step, work, team):
             return i
+        step += _STEP_BYTES
     return count
 
 
 @serial()
-def _multiply(step, first, count, R, x, outputs, tasks):
+def _multiply(step, first, count, R, x, outputs, team):
     """Multiplies inputs that follow each other in memory, from `x` on, by matrices of a half.
 
     Args:
@@ -97,7 +97,7 @@ def _multiply(step, first, count, R, x, outputs, tasks):
         R: Rows.
         x: The address of the inputs.
         outputs: The address of the outputs, which follow each other too.
-        tasks: The number of threads.
+        team: The address of the team.
     """
     products = carray(pointer(step), (4, NUMBERS), np.int64)
     for m in range(first, first + count):
@@ -105,7 +105,7 @@ def _multiply(step, first, count, R, x, outputs, tasks):
         x += 4 * R * products[m, WIDTH]
         outputs += 4 * R * products[m, HEIGHT]
     at = step + 8 * NUMBERS * first
-    return call(_record(step).multiply, at, count, R, tasks)
+    return share_out(team, _record(step).multiply, at, count, R)
 
 
 @serial()
@@ -271,28 +271,29 @@ def _attend_head(query, keys, values, mask, output):
     _sum_up(scores, values, output)
 
 
-@compiled()
-def _attend(R, C, projected, at, outputs, tasks):
-    H = _record(at).width
-    for task in prange(R * H):
-        step, r, h, D = _record(at), task // H, task % H, C // H
-        first = 4 * task * step.room * D
-        query = floats(projected + 4 * (3 * r * C + h * D), (D,))
+@serial()
+def _attend(R, C, at, share, shares):
+    step = _record(at)
+    H, D = step.width, C // step.width
+    mask, seen = step.states[2], step.count if step.states[2] else 0
+    for task in range(share, R * H, shares):
+        r, h, first = task // H, task % H, 4 * task * step.room * D
+        query = floats(step.projected + 4 * (3 * r * C + h * D), (D,))
         keys = floats(step.states[0] + first, (step.count, D))
         values = floats(step.states[1] + first, (step.count, D))
-        mask, seen = step.states[2], step.count if step.states[2] else 0
         seen_by_row = carray(pointer(mask + r * seen), (seen,), np.bool_)
-        _attend_head(query, keys, values, seen_by_row, floats(outputs + 4 * task * D, (D,)))
+        output = floats(step.attended + 4 * task * D, (D,))
+        _attend_head(query, keys, values, seen_by_row, output)
 
 
-def attend(R, C, projected, at, outputs, tasks):
-    """One query of every row and head: from projections (R, 3, H, D) to outputs (R, H, D)."""
-    _attend(R, C, projected, at, outputs, tasks)
+def attend(R, C, at, share, shares):
+    """A share of the heads of all rows: from projections (R, 3, H, D) to outputs (R, H, D)."""
+    _attend(R, C, at, share, shares)
     return 1
 
 
 @serial()
-def _project_mixes(R, C, x, at, shift, share, count, work, outputs, tasks):
+def _project_mixes(R, C, x, at, shift, share, count, work, outputs, team):
     """Products of the norm of x, mixed with that of the token before, which it replaces.
 
     Args:
@@ -305,7 +306,7 @@ def _project_mixes(R, C, x, at, shift, share, count, work, outputs, tasks):
         count: How many mixes and products.
         work: The address of room for the norm and the mixes.
         outputs: The address of the products.
-        tasks: The number of threads.
+        team: The address of the team.
     """
     step, mixes = _record(at), work + 4 * R * C
     fresh, before = floats(work, (R, C)), floats(shift, (R, C))
@@ -314,7 +315,7 @@ def _project_mixes(R, C, x, at, shift, share, count, work, outputs, tasks):
         shares = floats(step.vectors[share + m], (C,))
         _mix(fresh, before, shares, floats(mixes + 4 * R * C * m, (R, C)))
     _copy(fresh, before)
-    return _multiply(at, 0, count, R, mixes, outputs, tasks)
+    return _multiply(at, 0, count, R, mixes, outputs, team)
 
 
 @serial()
@@ -324,15 +325,15 @@ def _row(table, numbers, r, C):
 
 
 # The kernels, all of one form. They take the numbers of rows and channels, the addresses of x
-# (R, C), of the half's record and of memory to work in, and the number of threads; they give 1.
-# An exception in one ends in a 0 by numba (`address_of`), and so does one in what they call.
+# (R, C), of the half's record, of memory to work in and of the team; they give 1. An exception in
+# one ends in a 0 by numba (`address_of`), and so does one in what they call.
 
 
-def time_mix(R, C, x, at, work, tasks):
+def time_mix(R, C, x, at, work, team):
     """``x + TimeMix(norm(x))``."""
     step, x, block = _record(at), floats(x, (R, C)), 4 * R * C
     projected = work + 4 * block
-    if not _project_mixes(R, C, x, at, step.states[1], 2, 3, work, projected, tasks):
+    if not _project_mixes(R, C, x, at, step.states[1], 2, 3, work, projected, team):
         return 0
     decay, first = floats(work, (C,)), floats(step.vectors[1], (C,))
     _write_log_decay(floats(step.vectors[0], (C,)), decay)
@@ -341,20 +342,20 @@ def time_mix(R, C, x, at, work, tasks):
     for r in range(R):
         next_token(key[r], value[r], decay, first, sums[r], mixed[r])
     _gate(floats(projected + 2 * block, (R, C)), mixed)
-    if not _multiply(at, 3, 1, R, work + block, work, tasks):
+    if not _multiply(at, 3, 1, R, work + block, work, team):
         return 0
     _add(x, floats(work, (R, C)))
     return 1
 
 
-def channel_mix(R, C, x, at, work, tasks):
+def channel_mix(R, C, x, at, work, team):
     """``x + ChannelMix(norm(x))``."""
     step, x = _record(at), floats(x, (R, C))
     F, projected = step.width, work + 12 * R * C
-    if not _project_mixes(R, C, x, at, step.states[0], 0, 2, work, projected, tasks):
+    if not _project_mixes(R, C, x, at, step.states[0], 0, 2, work, projected, team):
         return 0
     _apply_squared_relu(floats(projected, (R, F)))
-    if not _multiply(at, 2, 1, R, projected, work, tasks):
+    if not _multiply(at, 2, 1, R, projected, work, team):
         return 0
     values = floats(work, (R, C))
     _gate(floats(projected + 4 * R * F, (R, C)), values)
@@ -362,7 +363,7 @@ def channel_mix(R, C, x, at, work, tasks):
     return 1
 
 
-def state_space(R, C, x, at, work, tasks):
+def state_space(R, C, x, at, work, team):
     """``x + HybridMixer(norm(x))``; small, and therefore serial."""
     step, x = _record(at), floats(x, (R, C))
     N, fresh = step.width, floats(work, (R, C))
@@ -388,26 +389,26 @@ def state_space(R, C, x, at, work, tasks):
     return 1
 
 
-def feed_forward(R, C, x, at, work, tasks):
+def feed_forward(R, C, x, at, work, team):
     """``x + FeedForward(norm(x))``."""
     step, x, middle = _record(at), floats(x, (R, C)), work + 4 * R * C
     fresh = floats(work, (R, C))
     _norm(x, step, fresh)
-    if not _multiply(at, 0, 1, R, work, middle, tasks):
+    if not _multiply(at, 0, 1, R, work, middle, team):
         return 0
     _apply_gelu(floats(middle, (R, step.width)))
-    if not _multiply(at, 1, 1, R, middle, work, tasks):
+    if not _multiply(at, 1, 1, R, middle, work, team):
         return 0
     _add(x, fresh)
     return 1
 
 
-def attention(R, C, x, at, work, tasks):
+def attention(R, C, x, at, work, team):
     """``x + CausalSelfAttention(norm(x))``; writes the new keys and values behind the others."""
     step, x = _record(at), floats(x, (R, C))
     fresh, projected = floats(work, (R, C)), work + 4 * R * C
     _norm(x, step, fresh)
-    if not _multiply(at, 0, 1, R, work, projected, tasks):
+    if not _multiply(at, 0, 1, R, work, projected, team):
         return 0
     H, D, last = step.width, C // step.width, step.count - 1
     heads = floats(projected, (R, 3, H, D))
@@ -420,15 +421,16 @@ def attention(R, C, x, at, work, tasks):
             _turn(heads[r, 1], turned[0, r], turned[1, r])
         _copy(heads[r, 1], keys[r, :, last])
         _copy(heads[r, 2], values[r, :, last])
-    if not call(step.attend, R, C, projected, at, work, tasks):
+    step.projected, step.attended = projected, work
+    if not share_out(team, step.attend, R, C, at):
         return 0
-    if not _multiply(at, 1, 1, R, work, projected, tasks):
+    if not _multiply(at, 1, 1, R, work, projected, team):
         return 0
     _add(x, floats(projected, (R, C)))
     return 1
 
 
-def embedding(R, C, x, at, work, tasks):
+def embedding(R, C, x, at, work, team):
     """The embedding of a token and, where there are any, of its position."""
     step, x = _record(at), floats(x, (R, C))
     for r in range(R):
@@ -438,12 +440,12 @@ def embedding(R, C, x, at, work, tasks):
     return 1
 
 
-def head(R, C, x, at, work, tasks):
+def head(R, C, x, at, work, team):
     """``head(norm(x))``, which goes elsewhere: x stays."""
     step = _record(at)
     _norm(floats(x, (R, C)), step, floats(work, (R, C)))
     logits = carray(pointer(step.states[0]), (1,), np.int64)[0]
-    return _multiply(at, 0, 1, R, work, logits, tasks)
+    return _multiply(at, 0, 1, R, work, logits, team)
 
 
 def floats_needed(R, C, width):

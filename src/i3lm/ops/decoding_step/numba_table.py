@@ -17,6 +17,7 @@ from i3lm.ops.decoding_step import numba as halves
 from i3lm.ops.decoding_step.reference import EPSILON
 from i3lm.ops.linear.numba import multiplication
 from i3lm.ops.numba_bridge import address_of, match_threads
+from i3lm.ops.numba_team import make_team, work_together
 
 __all__ = ["Table", "half", "record_of"]
 
@@ -78,7 +79,10 @@ class Table:
         self.R, self.C = R, C
         widths = self.records["width"]
         self.work = torch.empty(halves.floats_needed(R, C, int(widths.max(initial=0))))
-        self._places = self.records.__array_interface__["data"][0], self.work.data_ptr()
+        self._arguments = np.array([R, C, 0, 0, 0, self.work.data_ptr()])
+        self._team = make_team()
+        arrays = self.records, self._arguments, self._team
+        self._places = [array.__array_interface__["data"][0] for array in arrays]
 
     def run(self, x: Tensor, first: int, count: int) -> None:
         """Replaces x by what kernels make of it, and their states by those after it.
@@ -91,9 +95,9 @@ class Table:
         Raises:
             RuntimeError: A kernel failed.
         """
-        table, work = self._places
-        steps = table + first * halves.STEP.itemsize
-        done = halves.run(self.R, self.C, x.data_ptr(), steps, count, work, match_threads())
+        records, arguments, team = self._places
+        self._arguments[2:5] = x.data_ptr(), records + first * halves.STEP.itemsize, count
+        done = work_together(address_of(halves.run), arguments, team, match_threads())
         if done < count:
             raise RuntimeError(
                 f"kernel {first + done} of a decoding step failed; its error stands above."

@@ -9,14 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numba import carray, prange
+from numba import carray
 from torch import Tensor
 
 from i3lm.ops.linear.numba_streams import STREAMS, dots_of_lines, whole_lines
 from i3lm.ops.numba_bridge import (
     address_of,
-    call,
-    compiled,
     floats,
     inlined,
     match_threads,
@@ -25,6 +23,7 @@ from i3lm.ops.numba_bridge import (
     serial_as_written,
     widen,
 )
+from i3lm.ops.numba_team import share_at_once
 
 # The numbers of a product: addresses of the matrix (N, K), of a factor and of a summand per output
 # (0 where there is none), N, K, and the addresses of inputs (R, K) and outputs (R, N).
@@ -66,11 +65,11 @@ def _multiply_rows(x, weight, scale, bias, output, low, high):
 
 
 @serial()
-def _multiply_share(product, R, like, task, tasks):
-    """One task's share of the rows of a matrix."""
+def _multiply_one(product, R, like, share, shares):
+    """A share of the rows of a matrix."""
     N, K = product[HEIGHT], product[WIDTH]
-    share = (N + tasks - 1) // tasks
-    low, high = task * share, min((task + 1) * share, N)
+    length = (N + shares - 1) // shares
+    low, high = share * length, min((share + 1) * length, N)
     x, output = floats(product[INPUT], (R, K)), floats(product[OUTPUT], (R, N))
     weight = carray(pointer(product[WEIGHT]), (N, K), like.dtype)
     scale = floats(product[SCALE], (N if product[SCALE] else 0,))
@@ -78,30 +77,29 @@ def _multiply_share(product, R, like, task, tasks):
     _multiply_rows(x, weight, scale, bias, output, low, high)
 
 
-@compiled()
-def _multiply(products, count, R, like, tasks):
-    """Several products, the rows of each matrix shared out over the tasks."""
-    for task in prange(tasks):
-        numbers = carray(pointer(products), (count, NUMBERS), np.int64)
-        for m in range(count):
-            _multiply_share(numbers[m], R, like, task, tasks)
+@serial()
+def _multiply(products, count, R, like, share, shares):
+    """A share of several products."""
+    numbers = carray(pointer(products), (count, NUMBERS), np.int64)
+    for m in range(count):
+        _multiply_one(numbers[m], R, like, share, shares)
 
 
 _FLOAT32, _BFLOAT16, _INT8 = (np.empty(0, kind) for kind in (np.float32, np.uint16, np.int8))
 
 
-def _by_float32(products, count, R, tasks):
-    _multiply(products, count, R, _FLOAT32, tasks)
+def _by_float32(products, count, R, share, shares):
+    _multiply(products, count, R, _FLOAT32, share, shares)
     return 1
 
 
-def _by_bfloat16(products, count, R, tasks):
-    _multiply(products, count, R, _BFLOAT16, tasks)
+def _by_bfloat16(products, count, R, share, shares):
+    _multiply(products, count, R, _BFLOAT16, share, shares)
     return 1
 
 
-def _by_int8(products, count, R, tasks):
-    _multiply(products, count, R, _INT8, tasks)
+def _by_int8(products, count, R, share, shares):
+    _multiply(products, count, R, _INT8, share, shares)
     return 1
 
 
@@ -115,15 +113,10 @@ _FUNCTIONS: dict[torch.dtype, Callable[..., int]] = {
 def multiplication(dtype: torch.dtype) -> int:
     """Gives the address of the function that multiplies by matrices of a dtype.
 
-    For `call`: it takes the address of a table of products, of `NUMBERS` int64 numbers each, how
-    many they are, the rows of their inputs and the number of threads.
+    It does shares (`i3lm.ops.numba_team`) of a table of products, of `NUMBERS` int64 numbers each,
+    given its address, how many they are and the rows of their inputs.
     """
     return address_of(_FUNCTIONS[dtype])
-
-
-@serial()
-def _call(function, products, count, R, tasks):
-    return call(function, products, count, R, tasks)
 
 
 def few_rows(
@@ -147,6 +140,6 @@ def few_rows(
     inputs = [*weight.shape, x.data_ptr(), output.data_ptr()]
     products = np.array([weight.data_ptr(), *small, *inputs], np.int64)
     address = products.__array_interface__["data"][0]
-    if not _call(multiplication(weight.dtype), address, 1, len(x), match_threads()):
+    if share_at_once(multiplication(weight.dtype), address, 1, len(x), match_threads()):
         raise RuntimeError("a product failed; its error stands above")
     return output
