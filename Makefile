@@ -11,7 +11,7 @@ TORCH_VERSION ?= 2.13.0
 TORCH_INDEX ?=
 
 ifeq ($(TORCH),cuda)
-  TORCH_REQUIREMENT = torch
+  TORCH_REQUIREMENT = torch==$(TORCH_VERSION)
 else ifeq ($(shell uname -s),Linux)
   TORCH_REQUIREMENT = torch==$(TORCH_VERSION)+cpu
 else

@@ -153,7 +153,9 @@ def address_of(function: Any) -> int:
     """
     count = function.__code__.co_argcount
     signature = types.int64(*[types.int64] * count)
-    compiled_function: Any = numba.cfunc(signature, cache=True)(function)
+    # What others have defined is not known by the sources of all kernels (`numba_cache`).
+    kept = function.__module__.startswith("i3lm.")
+    compiled_function: Any = numba.cfunc(signature, cache=kept)(function)
     _functions.append(compiled_function)  # else its code would be freed
     address: int = compiled_function.address
     return address

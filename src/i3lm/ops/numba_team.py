@@ -3,8 +3,8 @@
 A parallel loop of numba has its threads meet at both ends. The code and data for that take 1.7 us,
 and 14 to 28 where a large piece of work has driven them out of the caches, as a matrix of a
 decoding step does. For many pieces one loop is started: the first thread that comes leads. It
-hands out one piece after the other and takes shares of it, as all others do; none is waited for
-that has not taken one, so it is no matter whether threads run at the same time.
+hands out one piece after the other and takes shares of it, as all others do. Between pieces none is
+waited for that has not taken one, so it is no matter whether threads run at the same time.
 
 A share is done by a function of int64 numbers, given by its address (`i3lm.ops.numba_bridge`):
 three of the piece's own, the number of the share and how many there are. It gives 1, or 0 if it
@@ -13,6 +13,7 @@ failed; an exception in it is printed, and is the same as 0.
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import Any
 
@@ -36,7 +37,8 @@ _FUNCTION, _A, _B, _C, _RESULT, _FAILED = range(200, 248, 8)
 _ENDED = 2**40  # as the next share: no piece will follow
 
 _INTEGER = ir.IntType(64)
-_WAITING = {"x86_64": "llvm.x86.sse2.pause", "AMD64": "llvm.x86.sse2.pause"}
+_PAUSES = {"x86_64": "llvm.x86.sse2.pause", "AMD64": "llvm.x86.sse2.pause"}
+_PATIENCE = 1000  # looks, 10 us or more, after which others may want the processor
 
 
 def make_team() -> np.ndarray:
@@ -69,22 +71,38 @@ def _type_count(typing_context: Any, address: Any) -> tuple[Any, Any]:
     return types.int64(types.int64), generate
 
 
-def _type_wait(typing_context: Any) -> tuple[Any, Any]:
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        if name := _WAITING.get(platform.machine()):
-            form = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, form, name), [])
-        return context.get_dummy_value()
+def _type_call_of(name: str, result: Any) -> Any:
+    """Types a call of a function without arguments, for its effect."""
 
-    return types.none(), generate
+    def type_call(typing_context: Any) -> tuple[Any, Any]:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            if name:
+                form = ir.FunctionType(result, [])
+                builder.call(cgutils.get_or_insert_function(builder.module, form, name), [])
+            return context.get_dummy_value()
+
+        return types.none(), generate
+
+    return type_call
 
 
 # Of one number that several threads use: it is read, written, or made one more, which gives what
-# it was. And what a thread does between one look and the next.
+# it was. And what a thread does between one look and the next: nothing, or let others run.
 _read: Any = intrinsic(_type_read)
 _write: Any = intrinsic(_type_write)
 _count: Any = intrinsic(_type_count)
-_wait: Any = intrinsic(_type_wait)
+_pause: Any = intrinsic(_type_call_of(_PAUSES.get(platform.machine(), ""), ir.VoidType()))
+_yield: Any = intrinsic(_type_call_of("sched_yield" if os.name == "posix" else "", ir.IntType(32)))
+
+
+@serial()
+def _wait(looks):
+    """What a thread does after so many looks for which it had to wait; gives one more."""
+    if looks < _PATIENCE:
+        _pause()
+    else:
+        _yield()
+    return looks + 1
 
 
 @compiled()
@@ -124,15 +142,16 @@ def share_out(team, function, a, b, c):
         if share >= shares:
             break
         _do(team, share)
+    looks = 0
     while _read(team + _FINISHED) < shares:
-        _wait()
+        looks = _wait(looks)
     return 1 if _read(team + _FAILED) == 0 else 0
 
 
 @serial()
 def _help(team):
     """Does shares of all that is handed out, until the leader has ended."""
-    shares = _read(team + _SHARES)
+    shares, looks = _read(team + _SHARES), 0
     while True:
         following = _read(team + _NEXT)
         if following >= _ENDED:
@@ -143,8 +162,9 @@ def _help(team):
             # now, and nothing else will be before it is done.
             if share < shares:
                 _do(team, share)
+            looks = 0
         else:
-            _wait()
+            looks = _wait(looks)
 
 
 @serial()
@@ -179,7 +199,7 @@ def work_together(leader, arguments, team, threads):
             one: of `arguments`, and of the team. If it fails, that is 0.
         arguments: A number of the caller's choice, such as an address.
         team: The address of what `make_team` gives.
-        threads: Their number, and that of the shares of each piece of work.
+        threads: Their number, at least 1, and that of the shares of each piece of work.
 
     Returns:
         What the leader gives.

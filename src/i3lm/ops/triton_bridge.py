@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from i3lm.ops.dispatch import TRITON_INTERPRETS
+
+# Products and sums are fused, as they were before Triton 3.9, which warns where this is not said.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 # Steps and channels of a tile, and warps of a program. The first serves small problems. Triton's
 # interpreter takes a scan number by number, so there a tile is small.

@@ -1,10 +1,10 @@
 """The halves of a layer for one new token, and what is before and behind all layers, by numba.
 
 A step of decoding reads every matrix once and computes little else, so what counts is that nothing
-stands between one matrix and the next. Only products are worth two threads; all else is short and
-serial. `run` goes through a table with one record for each half, which says where everything lies
-and which functions compute it. These call each other by address: compiled into one another they
-would be compiled, and optimised, many times over.
+stands between one matrix and the next. Only products and the heads of an attention are worth two
+threads; all else is short and serial. `run` goes through a table with one record for each half,
+which says where everything lies and which functions compute it. These call each other by address:
+compiled into one another they would be compiled, and optimised, many times over.
 
 All numbers are float32, but for matrices of bfloat16 or int8. The inputs x have the shape (R, C), a
 row per sequence, and are replaced by the outputs; so are the states.

@@ -63,6 +63,8 @@ def record_of(
 class Table:
     """The records of kernels that follow each other, with their states, and memory to work in.
 
+    It runs in one thread of Python at a time.
+
     Attributes:
         records: The records.
         places: The four ``states`` of each, its ``room`` and its ``count``, to be written at once.
@@ -79,10 +81,10 @@ class Table:
         self.R, self.C = R, C
         widths = self.records["width"]
         self.work = torch.empty(halves.floats_needed(R, C, int(widths.max(initial=0))))
-        self._arguments = np.array([R, C, 0, 0, 0, self.work.data_ptr()])
+        self._arguments = np.array([R, C, 0, 0, 0, self.work.data_ptr()], np.int64)
         self._team = make_team()
         arrays = self.records, self._arguments, self._team
-        self._places = [array.__array_interface__["data"][0] for array in arrays]
+        self._arrays_at = [array.__array_interface__["data"][0] for array in arrays]
 
     def run(self, x: Tensor, first: int, count: int) -> None:
         """Replaces x by what kernels make of it, and their states by those after it.
@@ -95,7 +97,7 @@ class Table:
         Raises:
             RuntimeError: A kernel failed.
         """
-        records, arguments, team = self._places
+        records, arguments, team = self._arrays_at
         self._arguments[2:5] = x.data_ptr(), records + first * halves.STEP.itemsize, count
         done = work_together(address_of(halves.run), arguments, team, match_threads())
         if done < count:

@@ -19,7 +19,7 @@ from i3lm.ops.dispatch import (
 )
 
 # Up to so many rows, a product is bound by reading the matrix.
-FEW_ROWS = 4
+FEW_ROWS = 8
 # What autocast turns into its own dtype.
 _NARROWABLE = (torch.float32, torch.bfloat16, torch.float16)
 

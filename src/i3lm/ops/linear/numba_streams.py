@@ -21,6 +21,7 @@ STREAMS = 4  # rows at a time: so many keep enough lines of memory under way
 _AHEAD = 2048  # bytes from where a stream is read to where it is fetched
 _LINE = 64  # bytes of a line
 _LANES = 16
+_OF_WEIGHTS = types.float32, types.uint16, types.int8
 
 _INTEGER, _SMALL = ir.IntType(64), ir.IntType(32)
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(_SMALL, _LANES)
@@ -64,7 +65,9 @@ def _sum_up(builder: Any, numbers: Any) -> Any:
     return builder.extract_element(numbers, _SMALL(0))
 
 
-def _type_dots(typing_context: Any, x: Any, weight: Any, rows: Any) -> tuple[Any, Any]:
+def _type_dots(typing_context: Any, x: Any, weight: Any, rows: Any) -> tuple[Any, Any] | None:
+    if x.dtype != types.float32 or weight.dtype not in _OF_WEIGHTS:
+        return None
     size = weight.dtype.bitwidth // 8
     vectors = _LINE // size // _LANES
 
@@ -84,7 +87,8 @@ def _type_dots(typing_context: Any, x: Any, weight: Any, rows: Any) -> tuple[Any
         totals = [cgutils.alloca_once(builder, _FLOATS) for _ in streams]
         for total in totals:
             builder.store(zero, total)
-        with cgutils.for_range(builder, builder.sdiv(stride, _INTEGER(_LINE))) as loop:
+        lines = builder.sdiv(builder.extract_value(weight.shape, 1), _INTEGER(_LINE // size))
+        with cgutils.for_range(builder, lines) as loop:
             place = builder.mul(loop.index, _INTEGER(_LINE))
             at = builder.add(inputs, builder.mul(place, _INTEGER(4 // size)))
             numbers = [
