@@ -3,14 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from i3lm import I3Config, I3ForCausalLM
 from i3lm.data.sources import read_documents
 from i3lm.data.split import is_held_out
-from i3lm.errors import ConfigurationError, TokenizerError
+from i3lm.errors import ConfigurationError, KernelError, TokenizerError
+from i3lm.ops.dispatch import use_implementation
 from i3lm.presets import Preset
 from i3lm.tokenizers import lowercases, train_tokenizer
 from i3lm.training.build import (
     Starting,
+    choose_kernels,
     make_model,
     make_tokenizer,
     resolve_start,
@@ -85,3 +89,14 @@ def test_tokenizer_must_fit_the_checkpoint(tiny_run: Path):
     tokenizer = train_tokenizer("bpe", read_documents("stories", size=60), vocab_size=300)
     with pytest.raises(TokenizerError, match=r"has 300 tokens, but the model's vocab_size is \d+"):
         make_model(start, tokenizer, seed=0)
+
+
+def test_slow_kernels_are_refused_where_asked_for():
+    config = I3Config(vocab_size=9, hidden_size=8, layer_types=["linear_attention", "attention"])
+    model, device = I3ForCausalLM(config), torch.device("cpu")
+    assert [name for _, name, _ in choose_kernels(model, device, strict=True)] == ["numba"]
+    with use_implementation(wkv="scan"):
+        assert [name for _, name, _ in choose_kernels(model, device, strict=False)] == ["scan"]
+        message = r"wkv would run as scan on cpu .*training.strict_kernels is set: leave it out"
+        with pytest.raises(KernelError, match=message):
+            choose_kernels(model, device, strict=True)
