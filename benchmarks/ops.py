@@ -20,6 +20,7 @@ import torch
 from measuring import median_ratio, peak_resident_mib, report, summary, time_alternating
 from torch import Tensor
 
+from i3lm.device import keep_freed_memory
 from i3lm.ops import state_space, wkv
 from i3lm.ops.self_check import RECURRENCES, TOLERANCE, example_inputs, largest_difference
 
@@ -206,6 +207,7 @@ def main() -> int:
     parser.add_argument("--output", help="append the JSON line to this file")
     options = parser.parse_args()
 
+    keep_freed_memory()  # as `i3lm train` does: else each long tensor is new pages
     measured = [measure(options, getattr(torch, name)) for name in options.dtypes]
     rows = [row for found, _ in measured for row in found]
     setting = {name: vars(options)[name] for name in ("device", "batch", "channels")}

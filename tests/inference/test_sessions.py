@@ -546,6 +546,8 @@ def test_damaged_sessions(saved: tuple[Session, Path]):
         Session.load(path, session.generator)
     with pytest.raises(SessionError, match="no such file"):
         Session.load(path.with_name("t"), session.generator)
+    with pytest.raises(SessionError, match="is no file; give the path of a saved session"):
+        Session.load(path.parent, session.generator)
 
 
 def test_sessions_of_another_version(saved: tuple[Session, Path]):

@@ -298,6 +298,14 @@ def test_the_policy_is_a_field_of_the_saved_generation_settings(kind: str, tmp_p
     assert torch.equal(given, windowed)
 
 
+@every_kind
+def test_an_empty_prompt_is_refused_and_no_token_gives_no_logits(kind: str):
+    model, nothing = make_model(kind), torch.zeros(2, 0, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^the prompt is empty: give at least one token$"):
+        model.generate(nothing, max_new_tokens=3)
+    assert model(nothing).logits.shape == (2, 0, model.config.vocab_size)
+
+
 TOO_LONG = (
     "the prompt has {} tokens and {} more are asked for, but this model's context is 24: shorten "
     "the prompt, ask for fewer, or set context_overflow to window or shift"

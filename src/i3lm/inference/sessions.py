@@ -397,7 +397,8 @@ def _content_digest(turns: str, tensors: Mapping[str, Tensor]) -> str:
 def _read(path: Path) -> tuple[dict[str, str], States]:
     """The metadata and tensors of a file that is a session of this version."""
     if not path.is_file():
-        raise SessionError(f"{path}: no such file; give the path of a saved session")
+        found = "is no file" if path.exists() else "no such file"
+        raise SessionError(f"{path}: {found}; give the path of a saved session")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -66,7 +66,8 @@ class CausalSelfAttention(nn.Module):
                 int64, shape (B, T), or None.
         """
         B, T, C = x.shape
-        heads = self.query_key_value(x).view(B, T, 3, self.num_attention_heads, -1)
+        H = self.num_attention_heads
+        heads = self.query_key_value(x).view(B, T, 3, H, C // H)
         query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))  # (B, H, T, D) each
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)

@@ -92,6 +92,8 @@ class I3GenerationMixin(GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Checks that the text fits, and hands `generate` our cache in place of a plain one."""
+        if model_kwargs["position_ids"].shape[1] == 0:
+            raise ValueError("the prompt is empty: give at least one token")
         limit = self.config.position_limit
         if limit is not None and generation_config.context_overflow == "error":
             prompt = int(model_kwargs["position_ids"].max()) + 1
