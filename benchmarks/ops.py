@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,13 +34,25 @@ FEWEST_REPEATS = 3
 Run = Callable[[list[Tensor], bool], list[Tensor]]
 
 
+@functools.cache
+def ones(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The gradient of a sum as it comes in a model: numbers that lie in memory."""
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+def with_gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """The output, and the gradients of its sum."""
+    gradient = ones(output.shape, output.dtype, output.device)
+    return [output, *torch.autograd.grad(output, inputs, gradient)]
+
+
 def ours(op: str, name: str) -> Run:
     """One pass of an implementation, with the gradients where asked for."""
 
     def run(inputs: list[Tensor], backward: bool) -> list[Tensor]:
         with torch.set_grad_enabled(backward):
             output, _ = DOORS[op](*inputs, implementation=name)
-        return [output, *(torch.autograd.grad(output.sum(), inputs) if backward else ())]
+        return with_gradients(output, inputs) if backward else [output]
 
     return run
 
@@ -54,7 +67,7 @@ def fla_rwkv4(inputs: list[Tensor], backward: bool) -> list[Tensor]:
     with torch.set_grad_enabled(backward):
         # It takes the logarithm of the rate and applies -exp itself.
         output, _ = fused_recurrent_rwkv4(torch.log(-decay), -first, key, value, state)
-    return [output, *(torch.autograd.grad(output.sum(), inputs) if backward else ())]
+    return with_gradients(output, inputs) if backward else [output]
 
 
 def draw(

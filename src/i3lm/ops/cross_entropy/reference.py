@@ -7,8 +7,9 @@ from torch import Tensor
 
 from i3lm.ops.dispatch import accumulation_dtype
 
-# The part of a piece that is in float32 at one time, in bytes: small ones stay in the cache.
-SLICE_BYTES = 4 * 2**20
+# The part of a piece that is in float32 at one time, in bytes: small ones stay in a processor's
+# cache, and elsewhere each is a dozen launches, whatever its size.
+SLICE_BYTES, LAUNCHED_SLICE_BYTES = 4 * 2**20, 64 * 2**20
 
 
 def softmax_loss_reference(
@@ -40,7 +41,8 @@ def softmax_loss_reference(
         The losses, shape (R,), float32 or float64.
     """
     precise = accumulation_dtype(logits.dtype)
-    rows = max(1, SLICE_BYTES // (precise.itemsize * logits.shape[1]))
+    size = SLICE_BYTES if logits.device.type == "cpu" else LAUNCHED_SLICE_BYTES
+    rows = max(1, size // (precise.itemsize * logits.shape[1]))
     losses = torch.empty(logits.shape[0], dtype=precise, device=logits.device)
     for start in range(0, logits.shape[0], rows):
         part = slice(start, start + rows)

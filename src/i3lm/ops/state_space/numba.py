@@ -240,10 +240,11 @@ def state_space_numba_backward(
     grad_average, grad_hidden = grad_state.split(sizes, dim=1)
     if mask is not None:
         grad_output = grad_output.masked_fill(~mask[..., None], 0)
+    grad_output = grad_output.contiguous()  # once: that of a sum is one number expanded
     match_threads()
     before, states, _ = _hidden_states(x, A, B, hidden, reset, mask)
     adjoints, start_hidden = states.new_empty(states.shape), hidden.new_empty(hidden.shape)
-    grad_states = linear(grad_output, C.T)
+    grad_states = linear(grad_output, C.T.contiguous())  # 1.6 times as fast, and small
     _hidden_backward(
         *as_arrays(grad_states, A.T, reset, mask, grad_hidden), *targets(adjoints, start_hidden)
     )
