@@ -41,6 +41,7 @@ SPECIAL = {
     "numba_bridge": {"llvmlite", "numba", "numpy"},
     "numba_cache": {"numba"},
     "numba_float8": {"numba", "numpy"},
+    "numba_products": {"llvmlite", "numba"},
     "numba_streams": {"llvmlite", "numba"},
     "numba_table": {"numba", "numpy"},
     "numba_team": {"llvmlite", "numba", "numpy"},

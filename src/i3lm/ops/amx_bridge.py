@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from llvmlite import binding, ir
-from numba import config, types
+from numba import types
 from numba.core import cgutils
-from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
+
+from i3lm.ops.numba_bridge import processor_features
 
 # For the one instruction below that LLVM cannot be asked for otherwise.
 binding.initialize_native_asmparser()
@@ -63,10 +64,7 @@ class _BFloat(ir.types.Type):
 @cache
 def missing() -> str | None:
     """Why this process cannot use the unit, or None. Linux grants it on request."""
-    # What numba compiles for, which its user may have chosen.
-    settings: Any = config  # made of the environment when it is imported
-    named = settings.CPU_FEATURES
-    features = (get_host_cpu_features() if named is None else named).split(",")
+    features = processor_features()
     if "+amx-bf16" not in features or "+avx512bf16" not in features:
         return "this processor has no AMX, or numba is told so"
     if sys.platform != "linux" or platform.machine() != "x86_64":

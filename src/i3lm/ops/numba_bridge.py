@@ -24,6 +24,16 @@ from i3lm.ops.numba_cache import know_all_sources
 know_all_sources()
 
 
+def processor_features() -> list[str]:
+    """What numba compiles for, in LLVM's words such as ``+avx512f``: this processor's features.
+
+    Or those of another one, which its user may have named.
+    """
+    settings: Any = config  # made of the environment when it is imported
+    named = settings.CPU_FEATURES
+    return (get_host_cpu_features() if named is None else named).split(",")
+
+
 def _use_whole_vectors() -> None:
     """Has loops use all 512 bits of a vector where processors gain by it (benchmarks/NOTES.md).
 
@@ -31,10 +41,10 @@ def _use_whole_vectors() -> None:
     that came with bfloat16 instructions do not. It is a setting of the process, for all that numba
     compiles in it, and takes effect where nothing was compiled yet.
     """
-    features = get_host_cpu_features()
-    settings: Any = config  # made of the environment when it is imported
-    if settings.CPU_FEATURES is None and "+avx512bf16" in features.split(","):
-        settings.CPU_FEATURES = f"{features},-prefer-256-bit"
+    features = processor_features()
+    settings: Any = config
+    if settings.CPU_FEATURES is None and "+avx512bf16" in features:
+        settings.CPU_FEATURES = ",".join([*features, "-prefer-256-bit"])
 
 
 _use_whole_vectors()

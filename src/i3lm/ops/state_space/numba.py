@@ -1,20 +1,21 @@
 """The hybrid mixer's recurrence for CPUs, compiled from Python by numba.
 
 The running average goes channel by channel (one task per batch row and block of channels), the
-hidden state row by row of the batch (a step is one small matrix times a vector). The large
-matrices around them stay PyTorch's matrix products. The backward pass keeps the running
-average before every stretch of time alone, computes those of one stretch again when it comes to it,
-and runs the adjoints in one sweep each.
+hidden state row by row of the batch (a step is one small matrix times a vector). The products with
+the large matrices, which are as thin as the hidden state, are part of these passes: what a stretch
+of time reads and writes stays in cache between them. The backward pass keeps the running average
+before every stretch alone, computes those of one stretch again when it comes to it, and runs the
+adjoints in one sweep each.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
-import torch
 from numba import prange
 from torch import Tensor
 
-from i3lm.ops.linear import linear
 from i3lm.ops.numba_bridge import (
     AHEAD,
     as_arrays,
@@ -23,16 +24,67 @@ from i3lm.ops.numba_bridge import (
     inlined,
     load,
     match_threads,
+    serial,
     store,
     targets,
 )
+from i3lm.ops.numba_products import add_product, whole_columns
 
 _BLOCK = 128  # channels per task
-_STRETCH = 64  # steps whose averages the backward pass holds at one time
+_STRETCH = 32  # steps that a task has in its working memory at one time
 
 
 # Rows of a task's working array; loops run over all of `_BLOCK`, a length that the compiler knows.
 _AVERAGE, _MIX, _D, _X, _Y, _ADJOINT, _BEFORE, _SUM_MIX, _SUM_D, _GRAD_X = range(10)
+
+
+class _Inputs(NamedTuple):
+    """What the op takes, as arrays; reset and mask are empty where there is none."""
+
+    x: np.ndarray
+    mix: np.ndarray
+    A: np.ndarray
+    B: np.ndarray
+    C: np.ndarray
+    D: np.ndarray
+    state: np.ndarray
+    reset: np.ndarray
+    mask: np.ndarray
+
+
+class _Gradients(NamedTuple):
+    """Those of the inputs, to be written."""
+
+    x: np.ndarray
+    mix: np.ndarray
+    A: np.ndarray
+    B: np.ndarray
+    C: np.ndarray
+    D: np.ndarray
+    state: np.ndarray
+
+
+class _Parts(NamedTuple):
+    """What every row of the batch gives to the gradients of the parameters."""
+
+    mix: np.ndarray
+    A: np.ndarray
+    B: np.ndarray
+    C: np.ndarray
+    D: np.ndarray
+
+
+@inlined()
+def _tasks(x):
+    return x.shape[0] * ((x.shape[2] + _BLOCK - 1) // _BLOCK)
+
+
+@inlined()
+def _place(task, x):
+    """A task's row of the batch, and the first and the end of its channels."""
+    blocks = (x.shape[2] + _BLOCK - 1) // _BLOCK
+    low = (task % blocks) * _BLOCK
+    return task // blocks, low, min(low + _BLOCK, x.shape[2])
 
 
 @inlined()
@@ -42,19 +94,107 @@ def _mix_in(work):
         work[_AVERAGE, i] = work[_MIX, i] * (work[_AVERAGE, i] - x) + x
 
 
+@serial()
+def _widened(matrix, rows, columns):
+    """A matrix with rows and columns of zero behind it."""
+    wide = np.zeros((rows, columns), matrix.dtype)
+    for i in range(matrix.shape[0]):
+        for j in range(matrix.shape[1]):
+            wide[i, j] = matrix[i, j]
+    return wide
+
+
 @compiled()
-def _average_forward(x, mix, D, start, reset, mask, y, final):
-    """Adds ``D * h_t`` to y."""
-    B, T, C = x.shape
-    blocks = (C + _BLOCK - 1) // _BLOCK
-    for task in prange(B * blocks):
-        b, low = task // blocks, (task % blocks) * _BLOCK
-        high = min(low + _BLOCK, C)
-        work = np.zeros((10, _BLOCK), x.dtype)
-        load(work, _MIX, mix[low:high])
-        load(work, _D, D[low:high])
-        load(work, _AVERAGE, start[b, low:high])
-        for t in range(T):
+def _multiply(x, matrix, product):
+    """``x @ matrix`` for many rows."""
+    pieces = (x.shape[0] + _STRETCH - 1) // _STRETCH
+    for piece in prange(pieces):
+        low = piece * _STRETCH
+        high = min(low + _STRETCH, x.shape[0])
+        product[low:high] = 0
+        add_product(x[low:high], matrix, product[low:high])
+
+
+@serial()
+def _hidden_forward_of_row(At, given, states, final, b):
+    """``s_t = A s_{t-1} + u_t``; finds u_t where it leaves s_t."""
+    T, width = states.shape[1:]
+    channels, reset, mask = given.x.shape[2], given.reset, given.mask
+    state = np.zeros((1, width), states.dtype)
+    load(state, 0, given.state[b, channels:])
+    for t in range(T):
+        if reset.size and reset[b, t]:
+            state[:] = 0
+        if not mask.size or mask[b, t]:
+            add_product(state, At, states[b, t : t + 1])
+            load(state, 0, states[b, t])
+        else:
+            store(states[b, t], state, 0)
+    store(final[b, channels:], state, 0)
+
+
+@compiled()
+def _hidden_forward(At, given, states, final):
+    for row in prange(states.shape[0]):
+        b = np.int64(row)  # numba counts without a sign, and would compile the rest twice
+        _hidden_forward_of_row(At, given, states, final, b)
+
+
+@serial()
+def _hidden_backward_of_row(A, given, states, grad_final, adjoints, grad_A, grad_state, b):
+    """The gradient of every ``A s_{t-1} + u_t``: zero at padded steps.
+
+    Finds the gradient of s_t where it leaves that.
+    """
+    T, width = states.shape[1:]
+    channels, reset, mask = given.x.shape[2], given.reset, given.mask
+    adjoint, first = np.zeros((1, width), A.dtype), np.zeros((1, width), A.dtype)
+    before = np.zeros((_STRETCH, width), A.dtype)  # what the steps of a stretch find
+    load(adjoint, 0, grad_final[b, channels:])
+    load(first, 0, given.state[b, channels:])
+    for step in range(T):
+        t = T - 1 - step
+        if not mask.size or mask[b, t]:
+            for i in range(width):
+                adjoints[b, t, i] += adjoint[0, i]
+            adjoint[:] = 0
+            add_product(adjoints[b, t : t + 1], A, adjoint)
+        else:
+            adjoints[b, t] = 0
+        place = t % _STRETCH
+        load(before, place, states[b, t - 1] if t else first[0])
+        if reset.size and reset[b, t]:
+            before[place] = 0
+            adjoint[:] = 0
+        if place == 0:
+            end = min(t + _STRETCH, T)
+            add_product(adjoints[b, t:end].T, before[: end - t], grad_A[b])
+    store(grad_state[b, channels:], adjoint, 0)
+
+
+@compiled()
+def _hidden_backward(A, given, states, grad_final, adjoints, grad_A, grad_state):
+    for row in prange(states.shape[0]):
+        b = np.int64(row)  # numba counts without a sign, and would compile the rest twice
+        _hidden_backward_of_row(A, given, states, grad_final, adjoints, grad_A, grad_state, b)
+
+
+@serial()
+def _outputs_of_block(given, states, y, final, b, low, high):
+    """``y_t = C s_t + D * h_t``, and the last h."""
+    x, reset, mask = given.x, given.reset, given.mask
+    T = x.shape[1]
+    work = np.zeros((10, _BLOCK), x.dtype)
+    readout = _widened(given.C[low:high].T, states.shape[2], _BLOCK)
+    outputs = np.empty((_STRETCH, _BLOCK), x.dtype)
+    load(work, _MIX, given.mix[low:high])
+    load(work, _D, given.D[low:high])
+    load(work, _AVERAGE, given.state[b, low:high])
+    for begin in range(0, T, _STRETCH):
+        end = min(begin + _STRETCH, T)
+        outputs[:] = 0
+        add_product(states[b, begin:end], readout, outputs[: end - begin])
+        for t in range(begin, end):
             if reset.size and reset[b, t]:
                 work[_AVERAGE] = 0
             if mask.size and not mask[b, t]:
@@ -64,63 +204,83 @@ def _average_forward(x, mix, D, start, reset, mask, y, final):
             fetch(x[b, ahead, low:high])
             fetch(y[b, ahead, low:high])
             load(work, _X, x[b, t, low:high])
-            load(work, _Y, y[b, t, low:high])
+            load(work, _Y, outputs[t - begin])
             _mix_in(work)
             for i in range(_BLOCK):
                 work[_Y, i] += work[_D, i] * work[_AVERAGE, i]
             store(y[b, t, low:high], work, _Y)
-        store(final[b, low:high], work, _AVERAGE)
+    store(final[b, low:high], work, _AVERAGE)
 
 
-@inlined()
-def _walk(work, x, reset, mask, b, channels, begin, end, averages):
-    """Mixes in a stretch of time; `averages` becomes what each step finds."""
+@compiled()
+def _outputs(given, states, y, final):
+    for task in prange(_tasks(given.x)):
+        b, low, high = _place(task, given.x)
+        _outputs_of_block(given, states, y, final, b, low, high)
+
+
+@serial()
+def _walk(work, given, b, channels, begin, end, inputs, averages):
+    """Mixes in a stretch of time; `averages` becomes what each step finds, `inputs` its input."""
+    x, reset, mask = given.x, given.reset, given.mask
     for t in range(begin, end):
         if reset.size and reset[b, t]:
             work[_AVERAGE] = 0
         store(averages[t - begin], work, _AVERAGE)
+        fetch(x[b, min(t + AHEAD, x.shape[1] - 1), channels])
         if not mask.size or mask[b, t]:
-            fetch(x[b, min(t + AHEAD, x.shape[1] - 1), channels])
             load(work, _X, x[b, t, channels])
+            store(inputs[t - begin], work, _X)
             _mix_in(work)
+        else:
+            inputs[t - begin] = 0
 
 
-@compiled()
-def _average_backward(
-    x, mix, D, start, reset, mask, grad_y, grad_final, grad_x, grad_mix, grad_D, grad_start
+@serial()
+def _gradients_of_block(
+    given, states, adjoints, grad_y, grad_final, grad_x, grad_state, parts, b, low, high
 ):
-    """Adds to grad_x; writes the rest."""
-    B, T, C = x.shape
-    blocks, stretches = (C + _BLOCK - 1) // _BLOCK, (T + _STRETCH - 1) // _STRETCH
-    for task in prange(B * blocks):
-        b, low = task // blocks, (task % blocks) * _BLOCK
-        high = min(low + _BLOCK, C)
-        work = np.zeros((10, _BLOCK), x.dtype)
-        starts = np.empty((stretches, _BLOCK), x.dtype)  # the average before every stretch
-        averages = np.empty((_STRETCH, _BLOCK), x.dtype)
-        load(work, _MIX, mix[low:high])
-        load(work, _D, D[low:high])
-        load(work, _AVERAGE, start[b, low:high])
-        for stretch in range(stretches):
-            begin = stretch * _STRETCH
-            end = min(begin + _STRETCH, T)
-            store(starts[stretch], work, _AVERAGE)
-            _walk(work, x, reset, mask, b, slice(low, high), begin, end, averages)
-        load(work, _ADJOINT, grad_final[b, low:high])
-        for step in range(T):
-            t = T - 1 - step
-            stretch = t // _STRETCH
-            begin, end = stretch * _STRETCH, t + 1
-            if step and end - begin == _STRETCH:  # the averages of the last stretch are there
-                load(work, _AVERAGE, starts[stretch])
-                _walk(work, x, reset, mask, b, slice(low, high), begin, end, averages)
+    """The gradients of x and the first h, and parts of those of mix, B, C and D."""
+    x, reset, mask = given.x, given.reset, given.mask
+    T, width = states.shape[1:]
+    stretches = (T + _STRETCH - 1) // _STRETCH
+    work = np.zeros((10, _BLOCK), x.dtype)
+    matrix = _widened(given.B[:, low:high], width, _BLOCK)
+    starts = np.empty((stretches, _BLOCK), x.dtype)  # the average before every stretch
+    # Of the steps of a stretch: the average that each finds, its input and the gradients.
+    averages = np.empty((_STRETCH, _BLOCK), x.dtype)
+    inputs = np.zeros((_STRETCH, _BLOCK), x.dtype)
+    of_outputs = np.zeros((_STRETCH, _BLOCK), x.dtype)
+    of_inputs = np.empty((_STRETCH, _BLOCK), x.dtype)
+    of_B, of_C = np.zeros((width, _BLOCK), x.dtype), np.zeros((_BLOCK, width), x.dtype)
+    load(work, _MIX, given.mix[low:high])
+    load(work, _D, given.D[low:high])
+    load(work, _AVERAGE, given.state[b, low:high])
+    for stretch in range(stretches):
+        begin = stretch * _STRETCH
+        end = min(begin + _STRETCH, T)
+        store(starts[stretch], work, _AVERAGE)
+        _walk(work, given, b, slice(low, high), begin, end, inputs, averages)
+    load(work, _ADJOINT, grad_final[b, low:high])
+    for back in range(stretches):
+        stretch = stretches - 1 - back
+        begin = stretch * _STRETCH
+        end = min(begin + _STRETCH, T)
+        count = end - begin
+        if back:  # those of the last stretch are there
+            load(work, _AVERAGE, starts[stretch])
+            _walk(work, given, b, slice(low, high), begin, end, inputs, averages)
+        of_inputs[:] = 0
+        add_product(adjoints[b, begin:end], matrix, of_inputs[:count])
+        for step in range(count):
+            t = end - 1 - step
             if not mask.size or mask[b, t]:
                 ahead = max(t - AHEAD, 0)
                 fetch(grad_y[b, ahead, low:high])
                 fetch(grad_x[b, ahead, low:high])
-                load(work, _X, x[b, t, low:high])
+                load(work, _X, inputs[t - begin])
                 load(work, _Y, grad_y[b, t, low:high])
-                load(work, _GRAD_X, grad_x[b, t, low:high])
+                load(work, _GRAD_X, of_inputs[t - begin])
                 load(work, _BEFORE, averages[t - begin])
                 for i in range(_BLOCK):
                     m, d, g = work[_MIX, i], work[_D, i], work[_Y, i]
@@ -130,137 +290,103 @@ def _average_backward(
                     work[_SUM_MIX, i] += adjoint * gap
                     work[_GRAD_X, i] += adjoint - m * adjoint
                     work[_ADJOINT, i] = m * adjoint
+                store(of_outputs[t - begin], work, _Y)
                 store(grad_x[b, t, low:high], work, _GRAD_X)
+            else:
+                of_outputs[t - begin] = 0
+                grad_x[b, t, low:high] = 0
             if reset.size and reset[b, t]:
                 work[_ADJOINT] = 0
-        store(grad_mix[b, low:high], work, _SUM_MIX)
-        store(grad_D[b, low:high], work, _SUM_D)
-        store(grad_start[b, low:high], work, _ADJOINT)
-
-
-@inlined()
-def _dot(matrix, row, work, vector):
-    """A row of a matrix times a row of the working array: a sum, which vectorises."""
-    total = work.dtype.type(0)
-    for i in range(matrix.shape[1]):
-        total += matrix[row, i] * work[vector, i]
-    return total
+        add_product(adjoints[b, begin:end].T, inputs[:count], of_B)
+        add_product(of_outputs[:count].T, states[b, begin:end], of_C)
+    store(parts.mix[b, 0, low:high], work, _SUM_MIX)
+    store(parts.D[b, 0, low:high], work, _SUM_D)
+    store(grad_state[b, low:high], work, _ADJOINT)
+    for n in range(parts.B.shape[1]):
+        store(parts.B[b, n, low:high], of_B, n)
+    for c in range(low, high):
+        store(parts.C[b, c], of_C, c - low)
 
 
 @compiled()
-def _hidden_forward(u, A, start, reset, mask, before, states, final):
-    """``s_t = A s_{t-1} + u_t``; keeps s_{t-1} as the step finds it, and s_t."""
-    B, T, N = u.shape
-    for b in prange(B):
-        work = np.zeros((2, N), u.dtype)  # the state, and the next one
-        load(work, 0, start[b])
-        for t in range(T):
-            if reset.size and reset[b, t]:
-                work[0] = 0
-            store(before[b, t], work, 0)
-            if not mask.size or mask[b, t]:
-                for i in range(N):
-                    work[1, i] = u[b, t, i] + _dot(A, i, work, 0)
-                load(work, 0, work[1])
-            store(states[b, t], work, 0)
-        store(final[b], work, 0)
+def _gradients(given, states, adjoints, grad_y, grad_final, grad_x, grad_state, parts):
+    for task in prange(_tasks(given.x)):
+        b, low, high = _place(task, given.x)
+        gradients = grad_y, grad_final, grad_x, grad_state, parts
+        _gradients_of_block(given, states, adjoints, *gradients, b, low, high)
 
 
 @compiled()
-def _hidden_backward(grad_states, At, reset, mask, grad_final, adjoints, grad_start):
-    """The gradient of every ``A s_{t-1} + u_t``: zero at padded steps."""
-    B, T, N = grad_states.shape
-    for b in prange(B):
-        work = np.zeros((2, N), grad_states.dtype)  # the adjoint, and the one before it
-        load(work, 0, grad_final[b])
-        for step in range(T):
-            t = T - 1 - step
-            if not mask.size or mask[b, t]:
-                for i in range(N):
-                    work[0, i] += grad_states[b, t, i]
-                store(adjoints[b, t], work, 0)
-                for i in range(N):
-                    work[1, i] = _dot(At, i, work, 0)
-                load(work, 0, work[1])
-            else:
-                adjoints[b, t] = 0
-            if reset.size and reset[b, t]:
-                work[0] = 0
-        store(grad_start[b], work, 0)
+def _add_up(parts, total):
+    """Adds up what the rows of the batch gave."""
+    for i in prange(total.shape[0]):
+        total[i] = 0
+        for b in range(parts.shape[0]):
+            for j in range(total.shape[1]):
+                total[i, j] += parts[b, i, j]
 
 
-def _hidden_states(
-    x: Tensor, A: Tensor, B: Tensor, hidden: Tensor, reset: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """s_{t-1} as each step finds it, s_t (both (B, T, N)), and the last s (B, N)."""
-    u = linear(x, B)
-    before, states = u.new_empty(u.shape), u.new_empty(u.shape)
-    last = hidden.new_empty(hidden.shape)
-    _hidden_forward(*as_arrays(u, A, hidden, reset, mask), *targets(before, states, last))
-    return before, states, last
+@serial()
+def _hidden_states(given, final):
+    """Every s_t, as wide as products ask for; and the last."""
+    batch, T, channels = given.x.shape
+    width = whole_columns(given.A.shape[0], given.x.itemsize)
+    states = np.empty((batch, T, width), given.x.dtype)
+    rows = states.reshape((batch * T, width))
+    _multiply(given.x.reshape((batch * T, channels)), _widened(given.B.T, channels, width), rows)
+    _hidden_forward(_widened(given.A.T, width, width), given, states, final)
+    return states
 
 
-def state_space_numba(
-    x: Tensor,
-    mix: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor,
-    reset: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+@serial()
+def _forward(given, y, final):
+    states = _hidden_states(given, final)
+    _outputs(given, states, y, final)
+
+
+@serial()
+def _backward(grad_y, grad_final, given, gradients):
+    batch, T, channels = given.x.shape
+    N, dtype = given.A.shape[0], given.x.dtype
+    states = _hidden_states(given, np.empty_like(given.state))
+    width = states.shape[2]
+    adjoints = np.empty_like(states)
+    rows = adjoints.reshape((batch * T, width))
+    _multiply(grad_y.reshape((batch * T, channels)), _widened(given.C, channels, width), rows)
+    parts = _Parts(
+        np.empty((batch, 1, channels), dtype),
+        np.zeros((batch, width, width), dtype),
+        np.empty((batch, N, channels), dtype),
+        np.empty((batch, channels, N), dtype),
+        np.empty((batch, 1, channels), dtype),
+    )
+    wide, state = _widened(given.A, width, width), gradients.state
+    _hidden_backward(wide, given, states, grad_final, adjoints, parts.A, state)
+    _gradients(given, states, adjoints, grad_y, grad_final, gradients.x, state, parts)
+    _add_up(parts.mix, gradients.mix.reshape((1, channels)))
+    _add_up(parts.A, gradients.A)
+    _add_up(parts.B, gradients.B)
+    _add_up(parts.C, gradients.C)
+    _add_up(parts.D, gradients.D.reshape((1, channels)))
+
+
+def state_space_numba(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     """Computes `i3lm.ops.state_space` on the CPU; as `state_space_reference` in the rest."""
-    average, hidden = state.split([x.shape[2], A.shape[0]], dim=1)
-    last_average = average.new_empty(average.shape)
+    x, state = inputs[0], inputs[6]
+    assert x is not None
+    assert state is not None
+    y, final = x.new_empty(x.shape), state.new_empty(state.shape)
     match_threads()
-    _, states, last_hidden = _hidden_states(x, A, B, hidden, reset, mask)
-    y = linear(states, C)
-    _average_forward(*as_arrays(x, mix, D, average, reset, mask), *targets(y, last_average))
-    return y, torch.cat([last_average, last_hidden], dim=1)
+    _forward(_Inputs(*as_arrays(*inputs)), *targets(y, final))
+    return y, final
 
 
 def state_space_numba_backward(
-    grad_output: Tensor,
-    grad_state: Tensor,
-    x: Tensor,
-    mix: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor,
-    reset: Tensor | None,
-    mask: Tensor | None,
+    grad_output: Tensor, grad_state: Tensor, *inputs: Tensor | None
 ) -> tuple[Tensor, ...]:
     """The gradients of x, mix, A, B, C, D and state; states are recomputed."""
-    sizes = [x.shape[2], A.shape[0]]
-    average, hidden = state.split(sizes, dim=1)
-    grad_average, grad_hidden = grad_state.split(sizes, dim=1)
-    if mask is not None:
-        grad_output = grad_output.masked_fill(~mask[..., None], 0)
-    grad_output = grad_output.contiguous()  # once: that of a sum is one number expanded
+    gradients = [x.new_empty(x.shape) for x in inputs[:7] if x is not None]
     match_threads()
-    before, states, _ = _hidden_states(x, A, B, hidden, reset, mask)
-    adjoints, start_hidden = states.new_empty(states.shape), hidden.new_empty(hidden.shape)
-    grad_states = linear(grad_output, C.T.contiguous())  # 1.6 times as fast, and small
-    _hidden_backward(
-        *as_arrays(grad_states, A.T, reset, mask, grad_hidden), *targets(adjoints, start_hidden)
-    )
-    grad_x, start_average = linear(adjoints, B.T), average.new_empty(average.shape)
-    grad_mix, grad_D = (x.new_empty(x.shape[0], x.shape[2]) for _ in range(2))
-    inputs = (x, mix, D, average, reset, mask, grad_output, grad_average)
-    results = (grad_x, grad_mix, grad_D, start_average)
-    _average_backward(*as_arrays(*inputs), *targets(*results))
-    flat = adjoints.flatten(0, 1)
-    return (
-        grad_x,
-        grad_mix.sum(0),
-        flat.T @ before.flatten(0, 1),  # too small to gain by `linear`
-        linear(flat.T, x.flatten(0, 1).T),
-        # Its transpose: oneDNN is twice as fast where the narrow matrix comes first.
-        linear(states.flatten(0, 1).T, grad_output.flatten(0, 1).T).T.contiguous(),
-        grad_D.sum(0),
-        torch.cat([start_average, start_hidden], dim=1),
-    )
+    given = as_arrays(grad_output, grad_state), as_arrays(*inputs)
+    _backward(*given[0], _Inputs(*given[1]), _Gradients(*targets(*gradients)))
+    return tuple(gradients)
