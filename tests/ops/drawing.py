@@ -30,6 +30,17 @@ def cases_on_cpu(op: Op) -> list[tuple[str, torch.dtype]]:
     ]
 
 
+# A step, the lengths around one stretch of every kernel, and many stretches.
+LENGTHS = [
+    (1, "plain", False),
+    (2, "mask", True),
+    (63, "reset and mask", True),
+    (64, "plain", True),
+    (65, "reset and mask", False),
+    (700, "reset and mask", True),
+]
+
+
 def device_of(name: str | None) -> torch.device:
     """Where tests run an implementation: Triton's on a GPU, unless it interprets; others not."""
     return torch.device("cuda" if name == "triton" and not TRITON_INTERPRETS else "cpu")

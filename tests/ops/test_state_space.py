@@ -11,6 +11,7 @@ from i3lm.ops.dispatch import TRITON_INTERPRETS, use_implementation
 from i3lm.ops.state_space import STATE_SPACE
 from tests.fixtures.reference import read_tensors
 from tests.ops.drawing import (
+    LENGTHS,
     MARKS,
     assert_all_close,
     assert_close,
@@ -113,6 +114,8 @@ def test_two_steps_by_hand(name: str, dtype: torch.dtype):
         (1, 63, 5, 3),
         (2, 64, 3, 7),
         (3, 65, 2, 5),
+        # More than one block of a kernel's channels and states, and not a whole one.
+        (1, 40, 130, 33),
     ],
 )
 def test_agrees_with_the_reference(
@@ -244,13 +247,16 @@ def test_reverse_is_the_flipped_sequence(name: str, dtype: torch.dtype, marks: s
     assert torch.equal(last, last_expected)
 
 
-@every_implementation
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("transition", ["zero", "nilpotent", "rotation", "identity"])
 @pytest.mark.parametrize("mix", [0.0, 1e-30, 0.999999, 1.0])
+@pytest.mark.parametrize(("T", "marks", "reverse"), LENGTHS)
 def test_extreme_memories_stay_exact_in_float32(
-    name: str, dtype: torch.dtype, transition: str, mix: float
+    name: str, transition: str, mix: float, T: int, marks: str, reverse: bool
 ):
-    x, _, _, *rest = (t.float() for t in draw(dtype, 2, 70, 2, 3, make_generator(6)))
+    generator = make_generator(6)
+    x, _, _, *rest = draw(torch.float32, 2, T, 2, 3, generator)
+    options = {**draw_marks(marks, 2, T, generator), "reverse": reverse}
     A = {
         "zero": torch.zeros(3, 3),
         "nilpotent": torch.tensor([[0.0, 1e4, 0.0], [0.0, 0.0, 1e4], [0.0, 0.0, 0.0]]),
@@ -262,7 +268,9 @@ def test_extreme_memories_stay_exact_in_float32(
 
     def run(implementation: str, inputs: list[Tensor], weights: list[Tensor]):
         return gradients(
-            lambda *leaves: state_space(*leaves, implementation=implementation), inputs, weights
+            lambda *leaves: state_space(*leaves, **options, implementation=implementation),
+            inputs,
+            weights,
         )
 
     got = run(name, inputs, weights)
@@ -270,7 +278,7 @@ def test_extreme_memories_stay_exact_in_float32(
     expected = run("reference", truth, [w.double() for w in weights])
     for results in got:
         assert all(bool(result.isfinite().all()) for result in results)
-    # 70 float32 steps that forget nothing, relative to the largest entry.
+    # Float32 steps that forget nothing, relative to the largest entry.
     assert_all_close(got[0], expected[0], ["output", "state"], 1e-5)
     assert_all_close(got[1], expected[1], INPUTS, 1e-5)
 
@@ -282,21 +290,27 @@ def test_extreme_memories_stay_exact_in_float32(
         # The output is rounded once: half of the dtype's last place, 8 and 11 bits.
         (torch.bfloat16, 2**-8),
         (torch.float16, 2**-10),
-        # Sums of 40 steps in float32.
+        # Sums in float32.
         (torch.float32, 1e-5),
     ],
     ids=["bfloat16", "float16", "float32"],
 )
-def test_runs_in_float32_whatever_the_inputs(name: str, dtype: torch.dtype, tolerance: float):
+@pytest.mark.parametrize(("T", "marks", "reverse"), LENGTHS)
+def test_runs_in_float32_whatever_the_inputs(
+    name: str, dtype: torch.dtype, tolerance: float, T: int, marks: str, reverse: bool
+):
     generator = make_generator(8)
-    x, *rest = draw(torch.float32, 2, 40, 3, 4, generator)
+    x, *rest = draw(torch.float32, 2, T, 3, 4, generator)
     inputs = [x.to(dtype), *rest]
     # Of few bits, so that no dtype rounds the gradients that come in.
     weights = [w.round() for w in draw_weights(inputs, generator)]
+    options = {**draw_marks(marks, 2, T, generator), "reverse": reverse}
 
     def run(implementation: str, inputs: list[Tensor]):
         return gradients(
-            lambda *leaves: state_space(*leaves, implementation=implementation), inputs, weights
+            lambda *leaves: state_space(*leaves, **options, implementation=implementation),
+            inputs,
+            weights,
         )
 
     (output, last), grads = run(name, inputs)
