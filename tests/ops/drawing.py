@@ -30,7 +30,7 @@ def cases_on_cpu(op: Op) -> list[tuple[str, torch.dtype]]:
     ]
 
 
-# A step, the lengths around one stretch of every kernel, and many stretches.
+# A step, lengths around whole stretches of the kernels, and many stretches.
 LENGTHS = [
     (1, "plain", False),
     (2, "mask", True),

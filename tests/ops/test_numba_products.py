@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
+from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from i3lm.ops.numba_bridge import processor_features
 from i3lm.ops.numba_products import add_product, whole_columns
 
 # What stands around a matrix and must not be read into a result, or written.
@@ -82,8 +84,20 @@ def test_a_row_is_summed_in_one_order_alone_and_among_others():
         np.testing.assert_array_equal(alone[0], together[row])
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="names features of x86-64")
-def test_a_processor_without_avx512_takes_smaller_pieces():
+@pytest.mark.parametrize("what", ["read-only", "by columns"])
+def test_a_target_that_it_cannot_write_is_refused(what: str):
+    left, right = np.ones((4, 3)), np.ones((3, whole_columns(1, 8)))
+    target = np.zeros((right.shape[1], 4)).T if what == "by columns" else left @ right
+    target.setflags(write=what != "read-only")
+    with pytest.raises(numba.TypingError):
+        add_product(left, right, target)
+
+
+@pytest.mark.skipif(
+    not {"+avx2", "+fma"} <= set(processor_features()),
+    reason="compiles for AVX2, which is not here",
+)
+def test_a_processor_without_avx512_takes_smaller_pieces(tmp_path: Path):
     program = (
         "import numpy as np\n"
         "from tests.ops.test_numba_products import check\n"
@@ -93,13 +107,18 @@ def test_a_processor_without_avx512_takes_smaller_pieces():
         "    check(np.float32, 13, 40, 70, by_columns, 0)\n"
         "    check(np.float64, 13, 40, 70, by_columns, 0)\n"
     )
-    environment = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
+    environment = {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx2,+fma",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **environment},
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["4", "1"]

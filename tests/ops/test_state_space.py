@@ -115,7 +115,7 @@ def test_two_steps_by_hand(name: str, dtype: torch.dtype):
         (2, 64, 3, 7),
         (3, 65, 2, 5),
         # More than one block of a kernel's channels and states, and not a whole one.
-        (1, 40, 130, 33),
+        (2, 33, 130, 33),
     ],
 )
 def test_agrees_with_the_reference(
@@ -232,6 +232,57 @@ def test_padded_steps_leave_no_trace(name: str, dtype: torch.dtype, padded: rang
     assert torch.equal(output[:, padded], torch.zeros(2, len(padded), 3).to(output))
     assert_exact(dtype, output[:, real], expected)
     assert_exact(dtype, last, last_expected)
+
+
+@pytest.mark.parametrize("N", [1, 33])
+def test_states_that_overflow_are_infinite_as_the_reference_has_them(N: int):
+    x = torch.ones(1, 200, 1)
+    parameters = [
+        torch.zeros(1),
+        2 * torch.eye(N),
+        torch.ones(N, 1),
+        torch.ones(1, N),
+        torch.zeros(1),
+    ]
+    for got, expected in zip(
+        state_space(x, *parameters, implementation="numba"),
+        state_space(x, *parameters, implementation="reference"),
+        strict=True,
+    ):
+        assert torch.equal(got.isinf(), expected.isinf())
+        assert torch.equal(got.isnan(), expected.isnan())
+
+
+def test_nothing_that_stands_at_padded_steps_reaches_a_gradient():
+    """Not even NaN, which times zero is NaN."""
+    inputs = draw(torch.float32, 2, 40, 5, 3, make_generator(9))
+    weights = [w.float() for w in draw_weights(inputs, make_generator(10))]
+    mask = torch.rand(2, 40, generator=make_generator(11)) < 0.7
+
+    def run(filler: float) -> list[Tensor]:
+        x, *rest = inputs
+        leaves = [x.masked_fill(~mask[..., None], filler), *rest]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        results = state_space(*leaves, mask=mask, implementation="numba")
+        of_output = weights[0].masked_fill(~mask[..., None], filler)
+        return [*results, *torch.autograd.grad(results, leaves, [of_output, weights[1]])]
+
+    for got, expected in zip(run(torch.nan), run(0.0), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_threads_change_no_bit():
+    inputs = [x.requires_grad_() for x in draw(torch.float32, 3, 70, 200, 5, make_generator(12))]
+
+    def run(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        output, last = state_space(*inputs, implementation="numba")
+        return [output, last, *torch.autograd.grad(output.sum(), inputs)]
+
+    before = torch.get_num_threads()
+    alone, together = run(1), run(2)
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @every_implementation

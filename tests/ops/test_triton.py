@@ -19,7 +19,7 @@ from i3lm.ops.dispatch import triton_refuses
 # Of comparisons with the reference those with all that there is, one matrix and one length of the
 # extreme and the narrow, and not the longest and widest.
 TESTS = (
-    "triton and not 700 and not long and not read_as_it_is and "
+    "triton and not 700 and not 130 and not long and not read_as_it_is and "
     "not zero and not rotation and not identity and "
     "(not agrees_with_the_reference or (reset and mask and reverse and state)) and "
     "(not (stay_exact or whatever_the_inputs) or 65-)"

@@ -346,8 +346,8 @@ def test_huge_keys_and_decays_stay_exact_in_float32(
         # The output is rounded once: half of the dtype's last place, 8, 11 and 24 bits.
         (torch.bfloat16, 2**-8),
         (torch.float16, 2**-10),
-        # Sums in float32.
-        (torch.float32, 2e-5),
+        # Sums in float32, of few steps.
+        (torch.float32, 1e-5),
     ],
     ids=["bfloat16", "float16", "float32"],
 )
@@ -369,11 +369,12 @@ def test_runs_in_float32_whatever_the_inputs(
     expected, expected_grads = run(
         [x.double() for x in inputs], weights, **options, implementation="reference"
     )
-    assert_close(output, expected[0], tolerance)
-    assert_close(last, expected[1], 2e-5)
-    assert_all_close(grads[:2], expected_grads[:2], INPUTS[:2], tolerance)
+    more = 1 if T < 100 else 2
+    assert_close(output, expected[0], more * tolerance)
+    assert_close(last, expected[1], more * 1e-5)
+    assert_all_close(grads[:2], expected_grads[:2], INPUTS[:2], max(tolerance, 2e-5))
     # In float32 in all cases; sums over all steps.
-    assert_all_close(grads[2:], expected_grads[2:], INPUTS[2:], 1e-4)
+    assert_all_close(grads[2:], expected_grads[2:], INPUTS[2:], more * 5e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if WKV.named(name).reads_bfloat16])

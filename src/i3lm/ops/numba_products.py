@@ -20,20 +20,22 @@ __all__ = ["add_product", "whole_columns"]
 
 _LINE = 64  # bytes of a line of the cache, and of a vector
 # A piece is so many rows of so many lines. With AVX512 it takes 16 of 32 registers, and its
-# operands the rest; where there are shorter vectors or fewer registers, 8 of 16 of half a line.
+# operands others; with AVX2, where a line fills two, 8 of 16.
 _ROWS, _LINES = (8, 2) if "+avx512f" in processor_features() else (4, 1)
 
 _INTEGER = ir.IntType(64)
 
 
 def _adding_piece(rows: int) -> Any:
-    """Makes what adds ``left @ right`` to so many rows of the target, behind a row and a column."""
+    """Makes what adds ``left @ right`` to so many rows of the target, from a place in it on."""
 
     def type_piece(
         typing_context: Any, left: Any, right: Any, target: Any, row: Any, column: Any
     ) -> tuple[Any, Any] | None:
         number = target.dtype
         if number not in (types.float32, types.float64) or {left.dtype, right.dtype} != {number}:
+            return None
+        if not target.mutable or "F" in (right.layout, target.layout):
             return None
         size = number.bitwidth // 8
         lanes = _LINE // size
@@ -109,7 +111,7 @@ def add_product(left, right, target):
     """Adds ``left @ right`` to the target: float32 or float64, all three.
 
     Each number is summed in one order, whatever the shapes, and then added. The rows of right and
-    target lie in one piece each, and the target has `whole_columns`; right has as many or more.
+    target lie in one piece each, and have `whole_columns`.
     """
     columns = whole_columns(1, target.itemsize)
     whole = target.shape[0] // _ROWS * _ROWS
@@ -122,6 +124,6 @@ def add_product(left, right, target):
 
 @njit(cache=True)
 def whole_columns(count, size):
-    """So many columns of numbers of a size in bytes, and those that are missing of whole pieces."""
+    """A number of columns rounded up to whole pieces, of numbers of a size in bytes."""
     columns = _LINES * _LINE // size
     return -(-count // columns) * columns

@@ -1,11 +1,11 @@
 """The hybrid mixer's recurrence for CPUs, compiled from Python by numba.
 
 The running average goes channel by channel (one task per batch row and block of channels), the
-hidden state row by row of the batch (a step is one small matrix times a vector). The products with
-the large matrices, which are as thin as the hidden state, are part of these passes: what a stretch
-of time reads and writes stays in cache between them. The backward pass keeps the running average
-before every stretch alone, computes those of one stretch again when it comes to it, and runs the
-adjoints in one sweep each.
+hidden state row by row of the batch (a step is one small matrix times a vector). Products with the
+large matrices are as thin as the hidden state. Those that go from it to the channels, or sum over
+time, are part of the average's passes: what a stretch of time reads and writes stays in cache
+between them. The backward pass keeps the running average before every stretch alone, computes those
+of one stretch again when it comes to it, and runs the adjoints in one sweep each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from i3lm.ops.numba_bridge import (
 )
 from i3lm.ops.numba_products import add_product, whole_columns
 
-_BLOCK = 128  # channels per task
+_BLOCK = 128  # channels per task, whole pieces of a product
 _STRETCH = 32  # steps that a task has in its working memory at one time
 
 
@@ -95,13 +95,13 @@ def _mix_in(work):
 
 
 @serial()
-def _widened(matrix, rows, columns):
-    """A matrix with rows and columns of zero behind it."""
-    wide = np.zeros((rows, columns), matrix.dtype)
+def _padded(matrix, columns):
+    """A matrix with columns of zero behind it."""
+    padded = np.zeros((matrix.shape[0], columns), matrix.dtype)
     for i in range(matrix.shape[0]):
         for j in range(matrix.shape[1]):
-            wide[i, j] = matrix[i, j]
-    return wide
+            padded[i, j] = matrix[i, j]
+    return padded
 
 
 @compiled()
@@ -119,14 +119,14 @@ def _multiply(x, matrix, product):
 def _hidden_forward_of_row(At, given, states, final, b):
     """``s_t = A s_{t-1} + u_t``; finds u_t where it leaves s_t."""
     T, width = states.shape[1:]
-    channels, reset, mask = given.x.shape[2], given.reset, given.mask
+    N, channels, reset, mask = At.shape[0], given.x.shape[2], given.reset, given.mask
     state = np.zeros((1, width), states.dtype)
     load(state, 0, given.state[b, channels:])
     for t in range(T):
         if reset.size and reset[b, t]:
             state[:] = 0
         if not mask.size or mask[b, t]:
-            add_product(state, At, states[b, t : t + 1])
+            add_product(state[:, :N], At, states[b, t : t + 1])
             load(state, 0, states[b, t])
         else:
             store(states[b, t], state, 0)
@@ -136,7 +136,7 @@ def _hidden_forward_of_row(At, given, states, final, b):
 @compiled()
 def _hidden_forward(At, given, states, final):
     for row in prange(states.shape[0]):
-        b = np.int64(row)  # numba counts without a sign, and would compile the rest twice
+        b = np.int64(row)  # numba counts without a sign, and would compile what it calls twice
         _hidden_forward_of_row(At, given, states, final, b)
 
 
@@ -144,10 +144,10 @@ def _hidden_forward(At, given, states, final):
 def _hidden_backward_of_row(A, given, states, grad_final, adjoints, grad_A, grad_state, b):
     """The gradient of every ``A s_{t-1} + u_t``: zero at padded steps.
 
-    Finds the gradient of s_t where it leaves that.
+    Finds what comes to that of s_t from the outputs where it leaves this.
     """
     T, width = states.shape[1:]
-    channels, reset, mask = given.x.shape[2], given.reset, given.mask
+    N, channels, reset, mask = A.shape[0], given.x.shape[2], given.reset, given.mask
     adjoint, first = np.zeros((1, width), A.dtype), np.zeros((1, width), A.dtype)
     before = np.zeros((_STRETCH, width), A.dtype)  # what the steps of a stretch find
     load(adjoint, 0, grad_final[b, channels:])
@@ -158,7 +158,7 @@ def _hidden_backward_of_row(A, given, states, grad_final, adjoints, grad_A, grad
             for i in range(width):
                 adjoints[b, t, i] += adjoint[0, i]
             adjoint[:] = 0
-            add_product(adjoints[b, t : t + 1], A, adjoint)
+            add_product(adjoints[b, t : t + 1, :N], A, adjoint)
         else:
             adjoints[b, t] = 0
         place = t % _STRETCH
@@ -168,14 +168,14 @@ def _hidden_backward_of_row(A, given, states, grad_final, adjoints, grad_A, grad
             adjoint[:] = 0
         if place == 0:
             end = min(t + _STRETCH, T)
-            add_product(adjoints[b, t:end].T, before[: end - t], grad_A[b])
+            add_product(adjoints[b, t:end, :N].T, before[: end - t], grad_A[b])
     store(grad_state[b, channels:], adjoint, 0)
 
 
 @compiled()
 def _hidden_backward(A, given, states, grad_final, adjoints, grad_A, grad_state):
     for row in prange(states.shape[0]):
-        b = np.int64(row)  # numba counts without a sign, and would compile the rest twice
+        b = np.int64(row)  # numba counts without a sign, and would compile what it calls twice
         _hidden_backward_of_row(A, given, states, grad_final, adjoints, grad_A, grad_state, b)
 
 
@@ -183,9 +183,9 @@ def _hidden_backward(A, given, states, grad_final, adjoints, grad_A, grad_state)
 def _outputs_of_block(given, states, y, final, b, low, high):
     """``y_t = C s_t + D * h_t``, and the last h."""
     x, reset, mask = given.x, given.reset, given.mask
-    T = x.shape[1]
+    T, N = x.shape[1], given.A.shape[0]
     work = np.zeros((10, _BLOCK), x.dtype)
-    readout = _widened(given.C[low:high].T, states.shape[2], _BLOCK)
+    matrix = _padded(given.C[low:high].T, _BLOCK)
     outputs = np.empty((_STRETCH, _BLOCK), x.dtype)
     load(work, _MIX, given.mix[low:high])
     load(work, _D, given.D[low:high])
@@ -193,7 +193,7 @@ def _outputs_of_block(given, states, y, final, b, low, high):
     for begin in range(0, T, _STRETCH):
         end = min(begin + _STRETCH, T)
         outputs[:] = 0
-        add_product(states[b, begin:end], readout, outputs[: end - begin])
+        add_product(states[b, begin:end, :N], matrix, outputs[: end - begin])
         for t in range(begin, end):
             if reset.size and reset[b, t]:
                 work[_AVERAGE] = 0
@@ -243,16 +243,17 @@ def _gradients_of_block(
     """The gradients of x and the first h, and parts of those of mix, B, C and D."""
     x, reset, mask = given.x, given.reset, given.mask
     T, width = states.shape[1:]
+    N = given.A.shape[0]
     stretches = (T + _STRETCH - 1) // _STRETCH
     work = np.zeros((10, _BLOCK), x.dtype)
-    matrix = _widened(given.B[:, low:high], width, _BLOCK)
+    matrix = _padded(given.B[:, low:high], _BLOCK)
     starts = np.empty((stretches, _BLOCK), x.dtype)  # the average before every stretch
     # Of the steps of a stretch: the average that each finds, its input and the gradients.
     averages = np.empty((_STRETCH, _BLOCK), x.dtype)
-    inputs = np.zeros((_STRETCH, _BLOCK), x.dtype)
-    of_outputs = np.zeros((_STRETCH, _BLOCK), x.dtype)
+    inputs = np.empty((_STRETCH, _BLOCK), x.dtype)
+    of_outputs = np.empty((_STRETCH, _BLOCK), x.dtype)
     of_inputs = np.empty((_STRETCH, _BLOCK), x.dtype)
-    of_B, of_C = np.zeros((width, _BLOCK), x.dtype), np.zeros((_BLOCK, width), x.dtype)
+    of_B, of_C = np.zeros((N, _BLOCK), x.dtype), np.zeros((_BLOCK, width), x.dtype)
     load(work, _MIX, given.mix[low:high])
     load(work, _D, given.D[low:high])
     load(work, _AVERAGE, given.state[b, low:high])
@@ -271,7 +272,7 @@ def _gradients_of_block(
             load(work, _AVERAGE, starts[stretch])
             _walk(work, given, b, slice(low, high), begin, end, inputs, averages)
         of_inputs[:] = 0
-        add_product(adjoints[b, begin:end], matrix, of_inputs[:count])
+        add_product(adjoints[b, begin:end, :N], matrix, of_inputs[:count])
         for step in range(count):
             t = end - 1 - step
             if not mask.size or mask[b, t]:
@@ -297,12 +298,12 @@ def _gradients_of_block(
                 grad_x[b, t, low:high] = 0
             if reset.size and reset[b, t]:
                 work[_ADJOINT] = 0
-        add_product(adjoints[b, begin:end].T, inputs[:count], of_B)
+        add_product(adjoints[b, begin:end, :N].T, inputs[:count], of_B)
         add_product(of_outputs[:count].T, states[b, begin:end], of_C)
     store(parts.mix[b, 0, low:high], work, _SUM_MIX)
     store(parts.D[b, 0, low:high], work, _SUM_D)
     store(grad_state[b, low:high], work, _ADJOINT)
-    for n in range(parts.B.shape[1]):
+    for n in range(N):
         store(parts.B[b, n, low:high], of_B, n)
     for c in range(low, high):
         store(parts.C[b, c], of_C, c - low)
@@ -333,8 +334,8 @@ def _hidden_states(given, final):
     width = whole_columns(given.A.shape[0], given.x.itemsize)
     states = np.empty((batch, T, width), given.x.dtype)
     rows = states.reshape((batch * T, width))
-    _multiply(given.x.reshape((batch * T, channels)), _widened(given.B.T, channels, width), rows)
-    _hidden_forward(_widened(given.A.T, width, width), given, states, final)
+    _multiply(given.x.reshape((batch * T, channels)), _padded(given.B.T, width), rows)
+    _hidden_forward(_padded(given.A.T, width), given, states, final)
     return states
 
 
@@ -352,17 +353,17 @@ def _backward(grad_y, grad_final, given, gradients):
     width = states.shape[2]
     adjoints = np.empty_like(states)
     rows = adjoints.reshape((batch * T, width))
-    _multiply(grad_y.reshape((batch * T, channels)), _widened(given.C, channels, width), rows)
+    _multiply(grad_y.reshape((batch * T, channels)), _padded(given.C, width), rows)
     parts = _Parts(
         np.empty((batch, 1, channels), dtype),
-        np.zeros((batch, width, width), dtype),
+        np.zeros((batch, N, width), dtype),
         np.empty((batch, N, channels), dtype),
         np.empty((batch, channels, N), dtype),
         np.empty((batch, 1, channels), dtype),
     )
-    wide, state = _widened(given.A, width, width), gradients.state
-    _hidden_backward(wide, given, states, grad_final, adjoints, parts.A, state)
-    _gradients(given, states, adjoints, grad_y, grad_final, gradients.x, state, parts)
+    A, grad_state = _padded(given.A, width), gradients.state
+    _hidden_backward(A, given, states, grad_final, adjoints, parts.A, grad_state)
+    _gradients(given, states, adjoints, grad_y, grad_final, gradients.x, grad_state, parts)
     _add_up(parts.mix, gradients.mix.reshape((1, channels)))
     _add_up(parts.A, gradients.A)
     _add_up(parts.B, gradients.B)
@@ -370,23 +371,41 @@ def _backward(grad_y, grad_final, given, gradients):
     _add_up(parts.D, gradients.D.reshape((1, channels)))
 
 
-def state_space_numba(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+def state_space_numba(
+    x: Tensor,
+    mix: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Computes `i3lm.ops.state_space` on the CPU; as `state_space_reference` in the rest."""
-    x, state = inputs[0], inputs[6]
-    assert x is not None
-    assert state is not None
     y, final = x.new_empty(x.shape), state.new_empty(state.shape)
     match_threads()
-    _forward(_Inputs(*as_arrays(*inputs)), *targets(y, final))
+    given = _Inputs(*as_arrays(x, mix, A, B, C, D, state, reset, mask))
+    _forward(given, *targets(y, final))
     return y, final
 
 
 def state_space_numba_backward(
-    grad_output: Tensor, grad_state: Tensor, *inputs: Tensor | None
+    grad_output: Tensor,
+    grad_state: Tensor,
+    x: Tensor,
+    mix: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The gradients of x, mix, A, B, C, D and state; states are recomputed."""
-    gradients = [x.new_empty(x.shape) for x in inputs[:7] if x is not None]
+    gradients = tuple(tensor.new_empty(tensor.shape) for tensor in (x, mix, A, B, C, D, state))
     match_threads()
-    given = as_arrays(grad_output, grad_state), as_arrays(*inputs)
-    _backward(*given[0], _Inputs(*given[1]), _Gradients(*targets(*gradients)))
-    return tuple(gradients)
+    given = _Inputs(*as_arrays(x, mix, A, B, C, D, state, reset, mask))
+    _backward(*as_arrays(grad_output, grad_state), given, _Gradients(*targets(*gradients)))
+    return gradients
