@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -31,6 +32,8 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numba": numba.__version__,
+        # Which change what a heap takes.
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
     }
 
 
