@@ -13,7 +13,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from i3lm.ops.numba_bridge import processor_features
 from i3lm.ops.numba_products import add_product, whole_columns
 
 # What stands around a matrix and must not be read into a result, or written.
@@ -93,10 +92,6 @@ def test_a_target_that_it_cannot_write_is_refused(what: str):
         add_product(left, right, target)
 
 
-@pytest.mark.skipif(
-    not {"+avx2", "+fma"} <= set(processor_features()),
-    reason="compiles for AVX2, which is not here",
-)
 def test_a_processor_without_avx512_takes_smaller_pieces(tmp_path: Path):
     program = (
         "import numpy as np\n"
@@ -107,11 +102,8 @@ def test_a_processor_without_avx512_takes_smaller_pieces(tmp_path: Path):
         "    check(np.float32, 13, 40, 70, by_columns, 0)\n"
         "    check(np.float64, 13, 40, 70, by_columns, 0)\n"
     )
-    environment = {
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": "+avx2,+fma",
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
+    # The plainest of its kind, whose code every processor runs.
+    environment = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **environment},
